@@ -23,6 +23,7 @@ from megatron.engine import optimizer_state
 from megatron.engine.engine import StepResult, TrainingEngine, as_tensor, loss_scale
 from megatron.engine.weight_average import WeightAverage
 from megatron.model.kv_cache import KVCache
+from megatron.model.loss_parts import LossParts
 from megatron.model.moe.losses import RouterLossTracker
 from megatron.optim.grad_clip import StepValues
 from megatron.optim.param_groups import set_learning_rate
@@ -46,6 +47,8 @@ class BaseEngine(TrainingEngine, ABC):
     """Computes the gradient norm and clips, without reads by the host; None where DeepSpeed does."""
     router_losses: RouterLossTracker | None = None
     """Present where blocks have experts."""
+    loss_parts: LossParts | None = None
+    """Present where the loss has parts besides that of tokens."""
     prompt: int = 0
     """Vectors of a soft prompt before every sequence."""
     average: WeightAverage | None = None
@@ -70,6 +73,9 @@ class BaseEngine(TrainingEngine, ABC):
             self.average.after_step(skipped)
         scale = loss_scale(engine.optimizer)
         more = self.router_losses.take(self.topology, engine.device) if self.router_losses is not None else {}
+        if self.loss_parts is not None:
+            parts = self.loss_parts.take(self.topology, engine.device)
+            loss, more = loss - sum(parts.values()), {**more, **parts}
         clip = getattr(optimizer_state.inner_optimizer(engine.optimizer), "clip", None)
         if clip is not None:
             more = {**more, **clip.measured()}
@@ -78,6 +84,13 @@ class BaseEngine(TrainingEngine, ABC):
     @abstractmethod
     def _run_micro_batches(self, batches: Iterator[MicroBatch]) -> Tensor:
         """Forward, backward and update over the micro batches of one step; returns its mean loss."""
+
+    def take_loss_parts(self) -> dict[str, float]:
+        if self.loss_parts is None:
+            return {}
+        return {
+            name: float(value) for name, value in self.loss_parts.take(self.topology, self.deepspeed.device).items()
+        }
 
     def new_cache(self, batch: int, max_length: int) -> KVCache:
         return self.make_cache(batch, max_length)

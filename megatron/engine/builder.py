@@ -44,6 +44,7 @@ from megatron.engine.expert_gather import local_experts
 from megatron.engine.fp8 import use_fp8
 from megatron.engine.freeze import allow_empty_grad_norm, freeze, optimizer_parameters, start_prompt
 from megatron.engine.inference_engine import InferenceEngine, build_stage, pack
+from megatron.engine.loss_setup import loss_function, loss_parts, router_losses
 from megatron.engine.muon_step import MuonStep
 from megatron.engine.pipeline_engine import PipelinedEngine
 from megatron.engine.recompute import full_recompute, selective_recompute
@@ -57,7 +58,7 @@ from megatron.log import get_logger
 from megatron.model.chunked_model import ChunkedModel
 from megatron.model.kv_cache import KVCache, cache_dtype
 from megatron.model.layers import LayerSpec, build_layer_specs
-from megatron.model.loss_function import LossFunction
+from megatron.model.loss_parts import LossParts
 from megatron.model.model_spec import ModelSpec
 from megatron.model.moe.losses import RouterLossTracker
 from megatron.model.pipeline_model import PipelinedModel
@@ -69,7 +70,7 @@ from megatron.optim.onebit import OnebitAdam
 from megatron.optim.param_groups import balance_group_count, parameter_groups
 from megatron.param_table import PROMPT, ModelDims, TensorShape, learning_rates, recurrent_state_shapes, tensors
 from megatron.pipe_schedule.layout import SPLIT
-from megatron.registry import EIGHT_BIT, OBJECTIVES, OPTIMIZERS
+from megatron.registry import BIDIRECTIONAL, EIGHT_BIT, OPTIMIZERS
 from megatron.tokenizer_info import TokenizerInfo
 from megatron.tokenizers.base import Tokenizer
 from megatron.tokenizers.vocab_limit import BoundedTokenizer
@@ -120,12 +121,13 @@ def build_training_engine(
     """
     silence_deepspeed()
     random = TensorParallelRNG(config.training.seed, topology.rank, device())
-    losses = _router_losses(config)
+    losses, parts = router_losses(config.moe), loss_parts(config.model.bert_binary_head)
     layout = pipe_layout(config)
     later = WeightGradients() if layout.schedule in SPLIT else None
-    layer_specs = _layer_specs(config, topology, padded_vocab_size, random, vocab_size, losses, later)
+    layer_specs = _layer_specs(config, topology, padded_vocab_size, random, vocab_size, losses, later, parts)
     recompute = full_recompute(config.recompute, topology, random, require(config.model.num_layers))
-    loss = _loss(config, topology, vocab_size)
+    fused = config.kernels.fused_linear_cross_entropy
+    loss = loss_function(config.training.train_impl, topology.model, vocab_size, fused=fused)
     model: Module
     if config.parallelism.is_pipe_parallel:
         method = config.parallelism.pipe_partition_method
@@ -155,6 +157,7 @@ def build_training_engine(
         "random": random,
         "clipper": clipper,
         "router_losses": losses,
+        "loss_parts": parts,
         "prompt": prompt_length(config.model.soft_prompt_tuning),
         "average": average,
     }
@@ -263,7 +266,9 @@ def _layer_specs(
     vocab_size: int | None = None,
     losses: RouterLossTracker | None = None,
     later: WeightGradients | None = None,
+    parts: LossParts | None = None,
 ) -> list[LayerSpec]:
+    encodes = config.model.attention_mask == BIDIRECTIONAL
     return build_layer_specs(
         ModelSpec(
             config.model,
@@ -277,12 +282,13 @@ def _layer_specs(
             device=device(),
             random=random,
             recompute_attention=selective_recompute(config.recompute),
-            reset_attention=config.data.reset_attention_mask,
-            reset_positions=config.data.reset_position_ids,
+            reset_attention=config.data.reset_attention_mask or encodes,
+            reset_positions=config.data.reset_position_ids or (encodes and config.data.pack_impl == "packed"),
             moe=config.moe,
             mixers=config.mixers,
             mup=config.mup,
             router_losses=losses,
+            loss_parts=parts,
             weight_gradients=later,
         )
     )
@@ -296,17 +302,6 @@ def _block_input_shape(config: Config, topology: Topology) -> tuple[int, int, in
         1,
         require(config.model.hidden_size),
     )
-
-
-def _router_losses(config: Config) -> RouterLossTracker | None:
-    """Returns the tracker of router losses; None if no block has experts."""
-    moe = config.moe
-    return RouterLossTracker(moe.moe_aux_loss_coeff, moe.moe_z_loss_coeff) if moe.moe_num_experts > 1 else None
-
-
-def _loss(config: Config, topology: Topology, vocab_size: int | None) -> LossFunction:
-    objective = OBJECTIVES.load(config.training.train_impl)()
-    return LossFunction(objective, topology.model, vocab_size, fused=config.kernels.fused_linear_cross_entropy)
 
 
 def _initialize(

@@ -94,10 +94,10 @@ class PlainEngine(BaseEngine):
         """Returns the sum of the losses of this rank's shard of the sequences, divided by `tokens`."""
         batch = batch.to(self.deepspeed.device)
         part = SequenceShards.of(self.topology).shard
-        given = part(batch.labels), part(batch.loss_mask), tokens
+        given = (part(batch.labels), part(batch.loss_mask), tokens, *batch.order)
         targets = self.loss.targets(*given)
         padding = None if batch.padding is None else part(batch.padding)
-        output: Tensor = self.deepspeed(part(batch.tokens), None, batch.document_starts, targets, padding)
+        output: Tensor = self.deepspeed(part(batch.inputs), None, batch.document_starts, targets, padding)
         return output if targets is not None else self.loss(output, *given)
 
     def _sum(self, value: Tensor) -> Tensor:

@@ -67,6 +67,9 @@ class TrainingEngine(Engine, Protocol):
         Both are sums over all data ranks.
         """
 
+    def take_loss_parts(self) -> Mapping[str, float]:
+        """Returns name -> mean of the losses beside that of tokens since the last call; {} for a model without them."""
+
     @property
     def min_eval_batches(self) -> int:
         """Smallest number of micro batches for one call of `eval_sums` that keeps pipeline stages busy."""

@@ -26,7 +26,7 @@ from megatron.engine.loss_normalization import count_loss_tokens, loss_divisor, 
 from megatron.engine.prompt_offset import prepend_padding, prompt_offset
 from megatron.model.kv_cache import KVCache
 
-Pair = tuple[Tensor | tuple[Tensor, ...], tuple[Tensor, Tensor, Tensor]]
+Pair = tuple[Tensor | tuple[Tensor, ...], tuple[Tensor, ...]]
 
 _FULL_PIPELINE = 8
 """Micro batches a stage above which less than an eighth of the time is a pipeline bubble."""
@@ -141,6 +141,6 @@ def _pair(batch: MicroBatch, divisor: Tensor, shards: SequenceShards) -> Pair:
         beside = (torch.zeros_like(batch.tokens) if starts is None else starts, shards.shard(padding))
     else:
         beside = () if starts is None else (starts,)
-    tokens = shards.shard(batch.tokens)
-    given = shards.shard(batch.labels), shards.shard(batch.loss_mask), divisor
+    tokens = shards.shard(batch.inputs)
+    given = (shards.shard(batch.labels), shards.shard(batch.loss_mask), divisor, *batch.order)
     return (tokens, *beside) if beside else tokens, given

@@ -118,9 +118,9 @@ class ScheduledEngine(PipelinedEngine):
         shard = self._shards.shard
         first, last = (self.layout.rank_of(stage) == self.topology.pipe.rank for stage in (0, self.layout.stages - 1))
         runner.run(
-            [shard(one.tokens) for one in step] if first else [],
+            [shard(one.inputs) for one in step] if first else [],
             self._beside(step, facts, count),
-            [(shard(one.labels), shard(one.loss_mask), divisor) for one in step] if last else [],
+            [(shard(one.labels), shard(one.loss_mask), divisor, *one.order) for one in step] if last else [],
         )
         return self.total
 

@@ -140,6 +140,7 @@ def training_line(
     parts = [f"iteration {iteration:,}/{total_iterations:,}"]
     formats: tuple[tuple[str, Callable[[float], str]], ...] = (
         ("train/lm_loss", lambda value: f"loss {value:.4f}"),
+        ("train/sop_loss", lambda value: f"sop loss {value:.4f}"),
         ("runtime/tokens_per_sec", lambda value: f"{value:,.0f} tokens/s"),
         ("runtime/model_flops_utilization", lambda value: f"MFU {100 * value:.1f} %"),
     )

@@ -45,6 +45,8 @@ class ChunkedModel(PipelinedModel):
         self.stages = layout.stages_of(topology.pipe.rank)
         self.chunk_layers: list[list[Any]] = []
         super().__init__(layer_specs, topology, partition_method=partition_method, loss=loss, recompute=recompute)
+        if self.masked_head is not None:
+            self.chunk_layers[-1][-1] = self.masked_head
 
     def run(
         self, chunk: int, carry: Tensor, document_starts: Tensor | None = None, padding: Tensor | None = None
@@ -64,8 +66,8 @@ class ChunkedModel(PipelinedModel):
             layers = layers[:-1]
         return differentiable(run_layers(layers, carry, None, self.recompute, document_starts, padding))
 
-    def loss_of(self, output: Tensor, given: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        """Returns the loss of the last stage's output. given: labels and loss mask [b, s], tokens []."""
+    def loss_of(self, output: Tensor, given: tuple[Tensor, ...]) -> Tensor:
+        """Returns the loss of the last stage's output. given: as for `PipelinedModel`."""
         targets = self.loss.targets(*given)
         if targets is None:
             return free_logits_after_loss(self.loss(output, *given), output)

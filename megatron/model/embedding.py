@@ -1,4 +1,4 @@
-"""Layer 0: word embeddings, and positions that are added to them.
+"""Layer 0: word embeddings, and positions and token types that are added to them.
 
 Shapes: b micro batch, s sequence, h hidden, v padded vocabulary, t tensor-parallel degree.
 """
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from megatron.adapter_config import soft_prompt
 from megatron.distributed.context_parallel.sequence_shards import SequenceShards
 from megatron.distributed.param_attrs import mark_tied
-from megatron.distributed.param_init import PaddedInit
+from megatron.distributed.param_init import InitFn, PaddedInit, ParamFactory
 from megatron.distributed.tensor_parallel.embedding import VocabParallelEmbedding
 from megatron.distributed.tensor_parallel.linear_cross_entropy import TokenTargets
 from megatron.model.block_spec import BlockSpec
@@ -23,6 +23,26 @@ from megatron.model.model_spec import ModelSpec
 from megatron.model.positions.base import document_positions
 from megatron.model.soft_prompt import SoftPromptEmbedding
 from megatron.registry import POSITIONS
+
+
+class TokenTypes(nn.Module):
+    """One vector for each segment of a sample (arXiv:1810.04805), replicated."""
+
+    def __init__(self, count: int, hidden: int, source: ParamFactory, init_fn: InitFn) -> None:
+        """Creates the vectors.
+
+        Args:
+            count: number of types.
+            hidden: width of a vector.
+            source: creates the parameter.
+            init_fn: initial values.
+        """
+        super().__init__()
+        self.weight = source.replicated("weight", (count, hidden), init_fn)
+
+    def forward(self, types: Tensor) -> Tensor:
+        """Types of any shape [...] -> vectors [..., h]."""
+        return F.embedding(types, self.weight)
 
 
 class EmbeddingLayer(nn.Module):
@@ -54,12 +74,17 @@ class EmbeddingLayer(nn.Module):
         if spec.dims.tied:
             mark_tied(self.word_embeddings.weight)
         self.position_embeddings: nn.Module | None = None
+        self.tokentype_embeddings: TokenTypes | None = None
         self.soft_prompt: SoftPromptEmbedding | None = None
         if not as_output_copy:
             positions = POSITIONS.load(spec.model.pos_emb)
             self.position_embeddings = positions.for_embedding(
                 spec.model, source.of("position_embeddings"), blocks.init_fn
             )
+            if spec.dims.token_types:
+                self.tokentype_embeddings = TokenTypes(
+                    spec.dims.token_types, spec.dims.hidden_size, source.of("tokentype_embeddings"), blocks.init_fn
+                )
             prompt = soft_prompt(spec.model.soft_prompt_tuning)
             if prompt is not None:
                 self.soft_prompt = SoftPromptEmbedding(prompt, spec.dims.hidden_size, source.of("soft_prompt"))
@@ -68,8 +93,10 @@ class EmbeddingLayer(nn.Module):
     def forward(self, tokens: Tensor, cache: KVCache | None = None, document_starts: Tensor | None = None) -> Tensor:
         """Token ids [b, s] -> hidden [s, b, h], or [s/t, b, h] with sequence parallelism.
 
-        document_starts [b, s]: start of the document of each token.
+        tokens: [2, b, s] with their types; without them all are 0. document_starts [b, s]: start of the document of
+        each token.
         """
+        tokens, types = tokens if tokens.dim() == 3 else (tokens, None)
         hidden = self.word_embeddings(tokens.t())  # [s, b, h]
         length, first = hidden.shape[0], self._first(tokens.shape[1], cache)
         at = self._positions(tokens.shape[1], length, hidden.device) if cache is None else None
@@ -82,6 +109,10 @@ class EmbeddingLayer(nn.Module):
             if cache is not None:
                 at = cache.slots(length).positions
             hidden = hidden + self.position_embeddings(length, first, at, hidden.device)
+        if self.tokentype_embeddings is not None:
+            types = torch.zeros_like(tokens) if types is None else types
+            begin = self.axis.rank * length if self.axis.sequence_parallel else 0
+            hidden = hidden + self.tokentype_embeddings(types.t()[begin : begin + length])
         if self.multiplier != 1.0:
             hidden = hidden * self.multiplier
         if self.dropout == 0 or not self.training:

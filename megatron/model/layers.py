@@ -5,7 +5,7 @@
 - 2 .. L+1 blocks: attention and MLP or MoE, Mamba, RWKV, gMLP
 - L+2 identity
 - L+3 final norm
-- L+4 output layer, tied or with a matrix of its own
+- L+4 output layer, tied or with a matrix of its own; with further layers before it in a masked language model
 
 A LayerSpec only describes how to build its layer, so a pipeline stage builds its own layers and no others. Everything
 that can be decided once (which norm, which kernel, which initialization) is decided here.
@@ -35,6 +35,7 @@ from megatron.model.block import Block, TransformerBlock
 from megatron.model.block_spec import BlockSpec
 from megatron.model.embedding import EmbeddingLayer
 from megatron.model.head import FinalNorm, Head, Identity, TiedHead
+from megatron.model.masked_head import MaskedHead
 from megatron.model.model_spec import ModelSpec
 from megatron.model.moe.layer import MoEConfig
 from megatron.model.moe.losses import RouterLossTracker
@@ -53,7 +54,7 @@ class LayerSpec:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments of the class."""
     tied_to: int | None = None
-    """Index of the layer whose weight it shares (output layer of a tied model: layer(embedding=that layer))."""
+    """Index of the layer whose weight it shares (output layer of a tied model: layer(embedding=that layer, ...))."""
 
     def build(self) -> nn.Module:
         """Builds the layer with its initial values."""
@@ -77,10 +78,16 @@ def build_layer_specs(spec: ModelSpec) -> list[LayerSpec]:
         ),
         LayerSpec(last - 2, Identity),
         LayerSpec(last - 1, FinalNorm, {"norm": blocks.norm, "dtype": spec.dtype}),
-        LayerSpec(last, TiedHead, tied_to=0)
-        if spec.dims.tied
-        else LayerSpec(last, Head, {"spec": spec, "blocks": blocks}),
+        _output_layer(spec, blocks, last),
     ]
+
+
+def _output_layer(spec: ModelSpec, blocks: BlockSpec, index: int) -> LayerSpec:
+    if spec.dims.masked_head:
+        return LayerSpec(index, MaskedHead, {"spec": spec, "blocks": blocks}, tied_to=0)
+    if spec.dims.tied:
+        return LayerSpec(index, TiedHead, tied_to=0)
+    return LayerSpec(index, Head, {"spec": spec, "blocks": blocks})
 
 
 def _block_spec(spec: ModelSpec) -> BlockSpec:

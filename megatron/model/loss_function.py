@@ -44,13 +44,27 @@ class LossFunction:
 
         An objective that changes the loss of its base class and not its targets is computed from logits.
         """
+        if getattr(self.objective, "in_output_layer", False):
+            return True
         return self.fused and _order_of(self.objective, "targets") <= _order_of(self.objective, "loss")
 
-    def targets(self, labels: Tensor, loss_mask: Tensor, tokens: Tensor) -> TokenTargets | None:
-        """Returns the targets of the output layer, or None if the loss is computed from logits."""
+    def targets(
+        self, labels: Tensor, loss_mask: Tensor, tokens: Tensor, order: Tensor | None = None
+    ) -> TokenTargets | None:
+        """Returns the targets of the output layer, or None if the loss is computed from logits.
+
+        Args:
+            labels: token ids [b, s].
+            loss_mask: 1 where the token counts [b, s].
+            tokens: the divisor.
+            order: 1 where the segments of a sample are swapped [b, 1], where that is learned.
+        """
         if not self.in_blocks:
             return None
-        found: TokenTargets = self.objective.targets(labels, loss_mask, tokens=tokens, vocabulary=self.vocabulary)
+        more = {} if order is None else {"order": order}
+        found: TokenTargets = self.objective.targets(
+            labels, loss_mask, tokens=tokens, vocabulary=self.vocabulary, **more
+        )
         return found
 
 

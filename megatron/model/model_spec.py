@@ -21,6 +21,7 @@ from megatron.distributed.rng_tracker import TensorParallelRNG
 from megatron.kernels.dispatch import Kernels, capability_of, choose_kernels, facts_of, load_attention
 from megatron.kernels.weight_gradients import WeightGradients
 from megatron.model.init import rescaling
+from megatron.model.loss_parts import LossParts
 from megatron.model.moe.losses import RouterLossTracker
 from megatron.param_table import ModelDims, Multipliers, MupWidths, base_widths, width_ratios
 from megatron.registry import WITHOUT_ATTENTION
@@ -65,6 +66,8 @@ class ModelSpec:
     """Without it the model has the standard parametrization."""
     router_losses: RouterLossTracker | None = None
     """Losses of the routers, which the training engine reads; a new tracker unless set."""
+    loss_parts: LossParts | None = None
+    """Collects losses beside that of tokens, which the training engine reads; None for none."""
     weight_gradients: WeightGradients | None = None
     """Takes the gradients of weights that a backward pass leaves for later; None if it leaves none."""
 

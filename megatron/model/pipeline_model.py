@@ -22,6 +22,7 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, is_grad_enabled, nn
 
 from megatron.distributed.mesh import Topology
+from megatron.distributed.process_group import device
 from megatron.distributed.tensor_parallel.linear_cross_entropy import TokenTargets, WeightLink
 from megatron.errors import RunError
 from megatron.model.block import Block, TransformerBlock
@@ -29,6 +30,7 @@ from megatron.model.embedding import EmbeddingLayer
 from megatron.model.kv_cache import KVCache
 from megatron.model.layers import LayerSpec
 from megatron.model.loss_function import LossFunction
+from megatron.model.masked_head import MaskedHead, MaskedTargets
 from megatron.model.recompute import Recompute, run_layers
 from megatron.param_table import FIRST_BLOCK, key_in_table
 
@@ -75,13 +77,19 @@ class PipelinedModel(PipelineModule):
                 loss_fn=self._loss,
             )
         self.recompute, self.loss = recompute, loss
+        self.masked_head: MaskedHead | None = None
+        last = layer_specs[-1]
+        if issubclass(last.layer, MaskedHead) and topology.pipe.rank == self.stage_owner(len(layer_specs) - 1):
+            self.masked_head = MaskedHead(**last.arguments, output=self.forward_funcs[-1]).to(device())
+            self.forward_funcs[-1] = self.masked_head
 
     def forward(self, forward_input: Carry) -> Carry:
         """Runs this stage's layers: tokens [b, s] or hidden [s, b, h] -> hidden [s, b, h] or logits [s, b, v/t].
 
-        The starts of documents [b, s], and behind them the mask of padding [b, s], are passed from stage to stage
-        beside it where the batch has them. Where the loss is computed together with the output layer, the last stage's
-        result is the output layer's input, and the anchor of its matrix.
+        Tokens may have their types behind them, [2, b, s]. The starts of documents [b, s], and behind them the mask of
+        padding [b, s], are passed from stage to stage beside it where the batch has them. Where the loss is computed
+        together with the output layer, the last stage's result is the output layer's input, and the anchor of its
+        matrix.
         """
         is_last = self._local_stop == self._num_layers
         layers = self.forward_funcs[:-1] if is_last and self.loss.in_blocks else self.forward_funcs
@@ -89,22 +97,30 @@ class PipelinedModel(PipelineModule):
         carry = differentiable(run_layers(layers, carry, None, self.recompute, *beside))
         if is_last and self.loss.in_blocks:
             self._link = WeightLink(self._output_layer().output_weight)
-            return carry, self._link.anchor
+            features = (carry,) if self.masked_head is None else self.masked_head.features(carry)
+            return (*features, self._link.anchor)
         return carry if is_last or not beside else (carry, *beside)
 
-    def _loss(self, output: Carry, given: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        """Returns the loss of the last stage's output. given: labels and loss mask [b, s], tokens []."""
+    def _loss(self, output: Carry, given: tuple[Tensor, ...]) -> Tensor:
+        """Returns the loss of the last stage's output.
+
+        given: labels and loss mask [b, s], tokens [], and the order of segments [b, 1] where that is learned.
+        """
         targets = self.loss.targets(*given)
         if targets is None:
             assert isinstance(output, Tensor)
             return free_logits_after_loss(self.loss(output, *given), output)
+        if self.masked_head is not None:
+            assert isinstance(targets, MaskedTargets) and isinstance(output, tuple)
+            return self.masked_head.loss(output[:-1], replace(targets, link=self._link))
         value: Tensor = self.forward_funcs[-1](output[0], targets=replace(targets, link=self._link))
         return value
 
     def _output_layer(self) -> Any:
         """Returns the module that computes logits, on the last stage."""
         layer = self.forward_funcs[-1]
-        return layer if isinstance(layer, nn.Module) else self.tied_modules[TIED]
+        has_matrix = isinstance(layer, nn.Module) and self.masked_head is None
+        return layer if has_matrix else self.tied_modules[TIED]
 
     def _partition_layers(self, method: str | tuple[int, ...] = "uniform") -> None:
         """Assigns layers to stages for DeepSpeed; block i is layer i + 2."""
@@ -149,7 +165,11 @@ class PipelinedModel(PipelineModule):
 
     def keyed_parameters(self) -> dict[str, nn.Parameter]:
         """Returns key ("<layer>.<name>") -> parameter; the copy of a tied embedding has the embedding's key."""
-        moved = {f"tied_modules.{TIED}.": "0.", f"tied_modules.{RELATIVE}.": f"{FIRST_BLOCK}.attention.rpe."}
+        moved = {
+            f"tied_modules.{TIED}.": "0.",
+            f"tied_modules.{RELATIVE}.": f"{FIRST_BLOCK}.attention.rpe.",
+            "masked_head.": f"{self._num_layers - 1}.",
+        }
         keyed = {}
         for name, parameter in self.named_parameters():
             for start, end in moved.items():

@@ -26,7 +26,7 @@ class SequentialModel(nn.Module):
             if layer.tied_to is None:
                 self.sequential.append(layer.build())
             else:
-                self.sequential.append(layer.layer(embedding=self.sequential[layer.tied_to]))
+                self.sequential.append(layer.layer(embedding=self.sequential[layer.tied_to], **layer.arguments))
 
     def forward(
         self,
@@ -39,7 +39,8 @@ class SequentialModel(nn.Module):
         """Token ids [b, s] -> logits [s, b, v/t], or the loss of the targets, an fp32 scalar.
 
         Args:
-            tokens: Token ids [b, s]; with a cache they follow those already in it.
+            tokens: Token ids [b, s], or [2, b, s] with token types behind them; with a cache they follow those already
+                in it.
             cache: Keys, values and states of earlier tokens.
             document_starts: Start of the document of each token [b, s]; not together with a cache.
             targets: Labels and weights of the tokens; the loss is computed instead of logits.

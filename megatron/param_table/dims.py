@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron.adapter_config import EMBEDDING, HEAD, LowRank, low_rank, prompt_length
-from megatron.registry import ACTIVATIONS, POSITIONS, WITHOUT_ATTENTION
+from megatron.registry import ACTIVATIONS, MASKED_HEAD, POSITIONS, WITHOUT_ATTENTION
 
 
 @dataclass(frozen=True)
@@ -131,6 +131,12 @@ class ModelDims:
     """Mixture of experts."""
     mixers: MixerDims = field(default_factory=MixerDims)
     """Widths of blocks without attention."""
+    token_types: int = 0
+    """Rows of the embedding of token types."""
+    masked_head: bool = False
+    """Whether the output layer is that of a masked language model."""
+    binary_head: bool = False
+    """With masked_head: whether there are a pooler and logits of the order of segments."""
     low_rank: LowRank | None = None
     """LoRA adapters; everything else but what they name to be trained is frozen then."""
     prompt: int = 0
@@ -179,6 +185,9 @@ class ModelDims:
             kinds=tuple(getattr(model, "attention_config", None) or ()),
             mixture=MixtureDims() if moe is None else MixtureDims.of(moe),
             mixers=MixerDims() if mixers is None else MixerDims.of(model, mixers),
+            token_types=getattr(model, "num_token_types", None) or 0,
+            masked_head=getattr(model, "lm_head", None) == MASKED_HEAD,
+            binary_head=bool(getattr(model, "bert_binary_head", None)),
             low_rank=low_rank(getattr(model, "lora", None)),
             prompt=prompt_length(getattr(model, "soft_prompt_tuning", None)),
         )

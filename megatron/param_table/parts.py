@@ -83,3 +83,35 @@ def row(layer: int, name: str, out: int, inp: int, bias: bool) -> list[TensorSha
     if bias:
         table.append(TensorShape(layer, f"{name}.bias", (out,), None, "bias"))
     return table
+
+
+def masked_head(dims: ModelDims, padded_vocab_size: int) -> list[TensorShape]:
+    """Returns the tensors of the heads of a masked language model; its matrix is the word embedding's.
+
+    Args:
+        dims: of the model.
+        padded_vocab_size: rows of the embedding [tokens].
+    """
+    layer, hidden = dims.num_layers + 4, dims.hidden_size
+    table = [TensorShape(layer, "bias", (padded_vocab_size,), 0, "bias")]
+    table += replicated(layer, "lm_head.dense", hidden, hidden)
+    table += norm(dims, layer, "lm_head.layernorm")
+    if dims.binary_head:
+        table += replicated(layer, "pooler", hidden, hidden)
+        table += replicated(layer, "binary_head", 2, hidden)
+    return table
+
+
+def replicated(layer: int, name: str, out: int, inp: int) -> list[TensorShape]:
+    """Returns the tensors of a linear layer with bias that every rank holds in full.
+
+    Args:
+        layer: layer index.
+        name: of the layer.
+        out: output features.
+        inp: input features.
+    """
+    return [
+        TensorShape(layer, f"{name}.weight", (out, inp), None, "weight"),
+        TensorShape(layer, f"{name}.bias", (out,), None, "bias"),
+    ]

@@ -15,7 +15,7 @@ from __future__ import annotations
 from megatron.param_table.adapters import prompt_tensor, with_trained
 from megatron.param_table.blocks import block_tensors
 from megatron.param_table.dims import ModelDims
-from megatron.param_table.parts import norm, positions
+from megatron.param_table.parts import masked_head, norm, positions
 from megatron.param_table.tensor import TensorShape
 from megatron.registry import POSITIONS
 
@@ -24,11 +24,16 @@ def tensors(dims: ModelDims, padded_vocab_size: int) -> list[TensorShape]:
     """Returns every tensor of the model in layer order; a tied head has none. padded_vocab_size: [tokens]."""
     table = [TensorShape(0, "word_embeddings.weight", (padded_vocab_size, dims.hidden_size), 0, "word_embedding")]
     table += positions(dims, 0, "position_embeddings.", POSITIONS.entry(dims.pos_emb).embedding)
+    if dims.token_types:
+        shape = (dims.token_types, dims.hidden_size)
+        table.append(TensorShape(0, "tokentype_embeddings.weight", shape, None, "position_embedding"))
     if dims.prompt:
         table.append(prompt_tensor(dims.prompt, dims.hidden_size))
     for block in range(dims.num_layers):
         table += block_tensors(dims, block)
     table += norm(dims, dims.num_layers + 3, "norm")
+    if dims.masked_head:
+        table += masked_head(dims, padded_vocab_size)
     if not dims.tied:
         shape = (padded_vocab_size, dims.hidden_size)
         table.append(TensorShape(dims.num_layers + 4, "final_linear.weight", shape, 0, "head"))

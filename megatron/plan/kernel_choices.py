@@ -9,7 +9,7 @@ from typing import Any
 from megatron.config import Config
 from megatron.config.derived.fill import trains
 from megatron.errors import ConfigIssue
-from megatron.registry import EIGHT_BIT, NORMS, OPTIMIZERS, POSITIONS, WITHOUT_ATTENTION, Entry
+from megatron.registry import BIDIRECTIONAL, EIGHT_BIT, NORMS, OPTIMIZERS, POSITIONS, WITHOUT_ATTENTION, Entry
 from megatron.registry.attention import SCORES_IN_MEMORY, choose_backends
 from megatron.registry.attention_facts import AttentionFacts, Capability
 from megatron.registry.kernels import (
@@ -103,7 +103,7 @@ def _backend(config: Config, device: str, kind: str, capability: Capability | No
     facts = AttentionFacts.of(
         facts_of(config, device),
         config.model,
-        documents=config.data.reset_attention_mask,
+        documents=config.data.reset_attention_mask or config.model.attention_mask == BIDIRECTIONAL,
         deterministic=config.training.deterministic,
         capability=capability,
     )

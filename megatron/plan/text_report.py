@@ -9,7 +9,7 @@ from megatron.plan.advice import gib
 from megatron.plan.estimates import PlanFigures
 from megatron.plan.kernel_choices import device_of, kernel_lines
 from megatron.plan.schedule import schedule_lines
-from megatron.registry import WITHOUT_ATTENTION
+from megatron.registry import BIDIRECTIONAL, WITHOUT_ATTENTION
 
 WIDTH = 12
 
@@ -46,7 +46,8 @@ def _model(plan: PlanFigures) -> list[str]:
     if model.num_kv_heads != model.num_attention_heads:
         heads += f" over {model.num_kv_heads} key heads"
     shape = f"{model.num_layers} blocks x {model.hidden_size}"
-    attention = " attention" if set(kinds) - WITHOUT_ATTENTION else ""
+    direction = " bidirectional" if model.attention_mask == BIDIRECTIONAL else ""
+    attention = f"{direction} attention" if set(kinds) - WITHOUT_ATTENTION else ""
     if attention:
         shape += f", {heads} x {model.kv_channels}, MLP {model.mlp_width}"
     shape += _experts(plan.config)

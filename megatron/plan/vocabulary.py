@@ -43,15 +43,28 @@ def _from_tokenizer(section: TokenizerSection) -> tuple[int | None, str]:
         return None, "the size of the vocabulary is not known: give vocab_file or vocab_size"
     path = Path(section.vocab_file)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
         if entry.vocab_size is not None:
-            return int(load_target(entry.vocab_size)(content)), str(path)
+            return int(load_target(entry.vocab_size)(_parsed(text))), str(path)
     except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError, AttributeError):
         return None, f"the size of the vocabulary is not known: {path} cannot be read; give vocab_size"
     return (
         None,
         f"the size of the vocabulary is not known: {section.tokenizer_type} finds it at launch; give vocab_size",
     )
+
+
+def _parsed(text: str) -> Any:
+    """Returns the value of a JSON file, or the text of another one."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def vocab_txt_size(content: str) -> int:
+    """Returns the number of ids of a vocab.txt, which has a token a line."""
+    return len(content.removesuffix("\n").split("\n"))
 
 
 def vocab_json_size(content: Any) -> int:

@@ -34,6 +34,8 @@ SCORES_IN_MEMORY = frozenset({"scores in memory"})
 """Trait of a backend that saves a value of each query and key for its backward pass."""
 FOR_CPUS = frozenset({"for CPUs"})
 """Trait of a backend that is no candidate on GPUs."""
+ENCODES = frozenset({"bidirectional"})
+"""Trait of a backend for blocks whose tokens see all of their document; the others are causal."""
 IN_NO_GRAPH = "torch.compile makes one graph of a block, which cannot hold it"
 
 
@@ -228,6 +230,18 @@ def blocks_unavailable(facts: AttentionFacts) -> str | None:
     return "it has no bound of scores (softcap)" if facts.softcap else None
 
 
+def documents_unavailable(facts: AttentionFacts) -> str | None:
+    """Returns the reason why attention of one document after another cannot serve, or None."""
+    return IN_NO_GRAPH if facts.kernels.compiled else None
+
+
+def _direction(entry: AttentionEntry, facts: AttentionFacts) -> str | None:
+    """Returns the reason of a backend for the other kind of mask."""
+    if facts.causal == (entry.traits >= ENCODES):
+        return "it is bidirectional" if facts.causal else "it is causal"
+    return None
+
+
 _TORCHES = "megatron.kernels.attention"
 _PACKAGES = "megatron.kernels.flash_attention"
 _ASKS_FLASH = frozenset({FLASH})
@@ -283,6 +297,20 @@ ATTENTION_BACKENDS: tuple[AttentionEntry, ...] = (
         "flex", f"{_TORCHES}:gpu_attention", "Torch's flexible attention, compiled", unavailable=flex_unavailable
     ),
     AttentionEntry(
+        "documents",
+        "megatron.kernels.bidirectional_attention:document_attention",
+        "Bidirectional, one document after another",
+        unavailable=documents_unavailable,
+        traits=FOR_CPUS | ENCODES,
+    ),
+    AttentionEntry(
+        "torch bidirectional",
+        "megatron.kernels.bidirectional_attention:bidirectional_attention",
+        "scaled_dot_product_attention, under a mask where there are several documents",
+        unavailable=lambda facts: None,
+        traits=ENCODES,
+    ),
+    AttentionEntry(
         "cpu blocks",
         f"{_TORCHES}:cpu_attention",
         "Blocks of queries against the keys that they see; dropout under a mask",
@@ -315,7 +343,7 @@ def choose_backend(facts: AttentionFacts, mode: str = "auto", asked: Collection[
     rejected: dict[str, str] = {}
     missing: dict[str, str] = {}
     for entry in dict.fromkeys([*by_key, *by_kind, *allowed]):
-        reason = entry.unavailable(facts)
+        reason = _direction(entry, facts) or entry.unavailable(facts)
         if reason is None:
             return KernelChoice(f"attention ({facts.kind})", entry, rejected, missing)
         rejected[entry.name] = reason

@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from megatron.registry.kernels import KernelFacts
-from megatron.registry.model import ATTENTION, FULL_ATTENTION, LINEAR_BIAS, POSITIONS
+from megatron.registry.model import ATTENTION, CAUSAL, FULL_ATTENTION, LINEAR_BIAS, POSITIONS
 
 GLOBAL, FLASH = "global", "flash"
 Capability = tuple[int, int]
@@ -42,6 +42,8 @@ class AttentionFacts:
     """What positions add to scores: `none`, `linear` (ALiBi) or `table` (any bias by distance)."""
     documents: bool = False
     """Whether tokens attend to their own document only."""
+    causal: bool = True
+    """Whether tokens see earlier ones only."""
     softcap: bool = False
     """Whether the scores have a bound."""
     dropout: bool = False
@@ -86,6 +88,7 @@ class AttentionFacts:
             window=model.sliding_window_width is not None,
             bias=bias,
             documents=documents,
+            causal=getattr(model, "attention_mask", CAUSAL) == CAUSAL,
             dropout=model.attention_dropout > 0,
             deterministic=deterministic,
         )

@@ -158,6 +158,11 @@ ACTIVATIONS = Registry(
     ],
 )
 
+CAUSAL, BIDIRECTIONAL = "causal", "bidirectional"
+"""Values of attention_mask: tokens see earlier ones, or all of their document."""
+LINEAR_HEAD, MASKED_HEAD = "linear", "masked"
+"""Values of lm_head: the output matrix, or the heads of a masked language model."""
+
 STANDALONE_BLOCK = frozenset({"standalone block"})
 """Trait of a kind of attention_config that is a block of its own, without attention and MLP."""
 

@@ -94,16 +94,31 @@ TOKENIZERS = Registry(
             extra="sentencepiece",
         ),
         TokenizerEntry(
-            "BertWordPieceLowerCase", "megatron.tokenizers.bert:BertWordPieceLowerCase", "Word pieces, in lower case"
+            "BertWordPieceLowerCase",
+            "megatron.tokenizers.bert:BertWordPieceLowerCase",
+            "Word pieces, in lower case",
+            vocab_size="megatron.plan.vocabulary:vocab_txt_size",
         ),
-        TokenizerEntry("BertWordPieceCase", "megatron.tokenizers.bert:BertWordPieceCase", "Word pieces, cased"),
+        TokenizerEntry(
+            "BertWordPieceCase",
+            "megatron.tokenizers.bert:BertWordPieceCase",
+            "Word pieces, cased",
+            vocab_size="megatron.plan.vocabulary:vocab_txt_size",
+        ),
     ],
 )
 
 OBJECTIVES = Registry(
     "objective",
     "train_impl",
-    [Entry("normal", "megatron.objectives.language_model:LanguageModel", "Cross entropy of the next token")],
+    [
+        Entry("normal", "megatron.objectives.language_model:LanguageModel", "Cross entropy of the next token"),
+        Entry(
+            "bert",
+            "megatron.objectives.masked_language_model:MaskedLanguageModel",
+            "Cross entropy of masked tokens, and of the order of two segments, arXiv:1810.04805",
+        ),
+    ],
 )
 
 SINKS = Registry(

@@ -14,20 +14,24 @@ from megatron.config.schema.training import TrainingSection
 from megatron.config.validation.unknown_values import require
 from megatron.data.dataset.builder import Data, build_data, epoch_samples
 from megatron.data.dataset.data_order import order_facts
+from megatron.data.dataset.masked_builder import MaskedData
 from megatron.data.dataset.summary import DataPlan
 from megatron.distributed.mesh import Topology
 from megatron.distributed.process_group import all_gather_list, barrier
 from megatron.errors import ConfigError, RunError
 from megatron.ranks import Ranks
+from megatron.registry import MASKED_HEAD
 from megatron.tokenizer_info import TokenizerInfo, describe_tokenizer
 from megatron.tokenizers import Tokenizer
+from megatron.tokenizers.masking import masking_tokens
 from megatron.tokenizers.vocab_limit import full_tokenizer, known_ids
 
 
-def with_length(config: Config, start: Counters) -> Config:
+def with_length(config: Config, start: Counters, tokenizer: Tokenizer) -> Config:
     """Returns the configuration with its length in steps, computed from samples or epochs, which need the data.
 
     start: the counters that the run starts from. The batch size of the steps before may have been another one.
+    tokenizer: tokenizer of the model.
     """
     training, schedule = config.training, config.schedule
     full = require(training.train_batch_size)
@@ -44,6 +48,7 @@ def with_length(config: Config, start: Counters) -> Config:
         seed=training.seed,
         is_builder=builds_index_maps(config),
         barrier=barrier,
+        masked=masked_data(config, tokenizer),
     )
     steps = start.iteration + ramp.steps(samples, start.consumed_samples)
     if steps < 1:
@@ -87,11 +92,30 @@ def build_run_data(config: Config, topology: Topology, tokenizer: Tokenizer, sta
         tokenizer=run_tokenizer(config, tokenizer),
         ids=known_ids(tokenizer),
         mark_padding=config.moe.moe_num_experts > 1,
+        masked=masked_data(config, tokenizer),
     )
     if data.train is None and samples["train"]:
         raise ConfigError.of("there is nothing to train on", key="data_path", hint="set data_path or train_data_paths")
     require_same_data(data.plan)
     return data
+
+
+def masked_data(config: Config, tokenizer: Tokenizer) -> MaskedData | None:
+    """Returns how masked samples are made; None for a language model.
+
+    Raises ConfigError for a vocabulary without a mask. config: configuration of the run. tokenizer: of the model.
+    """
+    data = config.data
+    if config.model.lm_head != MASKED_HEAD:
+        return None
+    return MaskedData(
+        masking_tokens(tokenizer),
+        sentence_order=bool(config.model.bert_binary_head),
+        packed=data.pack_impl == "packed",
+        mask_prob=data.mask_prob,
+        max_ngram=data.mask_max_ngram,
+        short_seq_prob=data.short_seq_prob,
+    )
 
 
 def require_same_data(plan: DataPlan) -> None:
@@ -131,7 +155,9 @@ def run_inputs(config: Config, data: Data, tokenizer: Tokenizer, checkpoint: Che
     order = None
     if data.plan.train is not None:
         epochs = config.training.train_epochs
-        order = order_facts(config.data, data.plan.train, seed=config.training.seed, train_epochs=epochs)
+        masked = masked_data(config, tokenizer)
+        facts = None if masked is None else masked.order_facts()
+        order = order_facts(config.data, data.plan.train, seed=config.training.seed, train_epochs=epochs, masked=facts)
     return RunInputs(run_tokenizer(config, tokenizer), order, _adapter_base(config, checkpoint))
 
 

@@ -113,7 +113,7 @@ def _train(config: Config, topology: Topology, stop: Stop, watchdog: Watchdog, h
     tokenizer, vocabulary = build_vocabulary(config, topology, tokenizer, may_grow=config.checkpoint.finetune)
     checkpoint = _starting_point(config, vocabulary, tokenizer)
     start = checkpoint.counters() if checkpoint else Counters()
-    config = with_length(config, start)
+    config = with_length(config, start, tokenizer)
     data = build_run_data(config, topology, tokenizer, start)
     inputs = run_inputs(config, data, tokenizer, checkpoint)
     _claim_folder(config, checkpoint, inputs, leads=leads)

@@ -60,8 +60,9 @@ def evaluation_metrics(
         context.reporter.message(message)
         return {}
     mean = loss / tokens
+    parts = context.engine.take_loss_parts()
     if context.characters is None:
-        return {"lm_loss": mean}
+        return {"lm_loss": mean, **parts}
     return {"lm_loss": mean, "lm_loss_char_lvl_ppl": context.characters.perplexity(mean)}
 
 

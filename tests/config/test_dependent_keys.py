@@ -144,6 +144,9 @@ WHERE_IT_MATTERS: dict[str, tuple[Any, dict[str, Any] | None]] = {
     "kl_div_beta": (0.2, {"train_impl": "reinforce"}),
     "kl_impl": ("abs", {"train_impl": "reinforce"}),
     "reinforce_leave_one_out": (True, {"train_impl": "reinforce"}),
+    "mask_prob": (0.2, {"train_impl": "bert", "pack_impl": "unpacked"}),
+    "mask_max_ngram": (1, {"train_impl": "bert", "pack_impl": "unpacked"}),
+    "short_seq_prob": (0.2, {"train_impl": "bert", "pack_impl": "unpacked"}),
     "z_loss": (0.1, {"train_impl": "rm"}),
     "online_dataserver_ips": (["x"], {"dataset_impl": "online"}),
     "online_dataserver_ports": ([1], {"dataset_impl": "online"}),
@@ -172,6 +175,7 @@ EVERY_RUN = frozenset(
     sinks fused_linear_cross_entropy kernels bias_gelu_fusion bias_dropout_fusion rope_fusion layernorm_fusion
     rmsnorm_fusion use_flashattn_swiglu
     num_layers hidden_size num_attention_heads num_kv_heads kv_channels seq_length max_position_embeddings
+    attention_mask lm_head bert_binary_head num_token_types
     intermediate_size expansion_factor mlp_multiple_of activation norm use_qk_layernorm use_bias_in_norms
     use_bias_in_attn_linear use_bias_in_mlp gpt_j_residual no_weight_tying attention_config hidden_dropout
     attention_dropout pos_emb opt_pos_emb_offset soft_prompt_tuning lora init_method output_layer_init_method

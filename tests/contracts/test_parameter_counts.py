@@ -45,7 +45,7 @@ def built(path: Path) -> tuple[int | None, dict[str, Any], dict[str, Any]]:
         modules = {
             f"{layer.index}.{name}": tuple(parameter.shape)
             for layer in layers
-            if layer.tied_to is None
+            if layer.tied_to is None or layer.arguments  # heads beside a tied matrix
             for name, parameter in layer.build().named_parameters()
         }
     table = {f"{tensor.layer}.{tensor.name}": tensor.shape for tensor in model_tensors(config, padded)}

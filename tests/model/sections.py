@@ -9,6 +9,7 @@ import torch
 
 from megatron.distributed.mesh import Topology
 from megatron.model.layers import build_layer_specs
+from megatron.model.loss_parts import LossParts
 from megatron.model.model_spec import ModelSpec
 from megatron.model.sequential_model import SequentialModel
 
@@ -49,6 +50,10 @@ def model_section(**changes: object) -> Any:
         "seq_length": 64,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
+        "attention_mask": "causal",
+        "lm_head": "linear",
+        "bert_binary_head": False,
+        "num_token_types": 0,
         "lora": None,
         "soft_prompt_tuning": None,
     }
@@ -86,6 +91,7 @@ def build(
     reset: bool = False,
     reset_attention: bool = False,
     reset_positions: bool = False,
+    parts: LossParts | None = None,
     **changes: object,
 ) -> SequentialModel:
     """A SequentialModel on the CPU. reset: attention and positions at each document."""
@@ -101,6 +107,7 @@ def build(
             device=torch.device("cpu"),
             reset_attention=reset or reset_attention,
             reset_positions=reset or reset_positions,
+            loss_parts=parts,
         )
     )
     return SequentialModel(plan)

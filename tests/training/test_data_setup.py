@@ -38,7 +38,7 @@ def test_samples_of_a_run_that_continues_with_another_batch_size(batch: int, sta
 )
 def test_train_samples_are_counted_from_those_consumed(batch: int, start: Counters, expected: int) -> None:
     config = small_config(train_batch_size=batch, train_samples=96, train_iters=None)
-    assert with_length(config, start).training.train_iters == expected
+    assert with_length(config, start, None).training.train_iters == expected
 
 
 def own_disk_rank(rank: int, world_size: int, disks: list[str]) -> None:

@@ -99,6 +99,9 @@ class ConstantEngine:
     def prepare(self, micro_batches: int, length: int) -> None:
         pass
 
+    def take_loss_parts(self) -> dict[str, float]:
+        return {}
+
     def train_step(self, batches: Iterator[MicroBatch], learning_rate: float) -> StepResult:
         next(batches)
         self.steps += 1

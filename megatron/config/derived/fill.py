@@ -18,6 +18,7 @@ from megatron.config.derived.batch import (
     derive_batch,
     size_issues,
 )
+from megatron.config.derived.encoder import ENCODER_KEYS, derive_encoder
 from megatron.config.derived.grad_accum_dtype import derive_data_types
 from megatron.config.derived.lr_schedule import decay_horizon
 from megatron.config.derived.mlp_width import head_dim
@@ -212,6 +213,11 @@ def _attention(draft: ConfigDraft) -> None:
     draft.derive("attention_config", expand_attention(draft["attention_config"], draft["num_layers"]))
 
 
+def _encoder(draft: ConfigDraft) -> None:
+    for name, value in derive_encoder(draft["train_impl"], {name: draft[name] for name in ENCODER_KEYS}).items():
+        draft.derive(name, value)
+
+
 def _adapters(draft: ConfigDraft) -> None:
     for name, derive in (("lora", derive_lora), ("soft_prompt_tuning", derive_soft_prompt)):
         requested = draft[name] if draft.knows(name) else None
@@ -376,6 +382,7 @@ DERIVATIONS: tuple[tuple[Callable[[ConfigDraft], None], frozenset[str]], ...] = 
     (_key_heads, _fills("num_kv_heads")),
     (_head_width, _fills("kv_channels")),
     (_attention, _fills("attention_config")),
+    (_encoder, _fills(*ENCODER_KEYS)),
     (_adapters, _fills()),
     (_precision, _fills("precision", "fp16", "bf16", "data_types")),
     (_loss_scale, _fills("dynamic_loss_scale")),

@@ -64,4 +64,8 @@ class DataSection(Section):
     use_shared_fs: bool = key(
         True, "All hosts see the same files: one rank builds the index maps, and there is one copy of a checkpoint."
     )
-    short_seq_prob: float = key(0.1, "Share of short samples in masked language models.", unit="probability")
+    mask_prob: float = key(0.15, "Share of the tokens that a masked language model is to predict.", unit="probability")
+    mask_max_ngram: int = key(3, "Most words in a row that are masked together.", unit="words")
+    short_seq_prob: float = key(
+        0.1, "Share of padded samples of a masked language model with a random shorter length.", unit="probability"
+    )

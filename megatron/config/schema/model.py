@@ -8,7 +8,16 @@ from megatron.adapter_config import prompt_length
 from megatron.config.derived.mlp_width import mlp_width
 from megatron.config.field import Section, key
 from megatron.config.types import Items, Table
-from megatron.registry import ACTIVATIONS, ATTENTION, NORMS, POSITIONS
+from megatron.registry import (
+    ACTIVATIONS,
+    ATTENTION,
+    BIDIRECTIONAL,
+    CAUSAL,
+    LINEAR_HEAD,
+    MASKED_HEAD,
+    NORMS,
+    POSITIONS,
+)
 
 
 class ModelSection(Section):
@@ -57,6 +66,12 @@ class ModelSection(Section):
         "count may be `all`, or one name a block. All blocks are global when left out.",
         choices=ATTENTION,
     )
+    attention_mask: str | None = key(
+        None,
+        "Which tokens a token sees: causal, the earlier ones; bidirectional, all of its document, as in an encoder. "
+        "Follows from train_impl.",
+        choices=(CAUSAL, BIDIRECTIONAL),
+    )
     sparsity_config: Table | None = key(None, "Block sizes and windows of the sparse attention kinds.")
     sliding_window_width: int | None = key(
         None, "Positions that each token attends to, itself included.", unit="tokens"
@@ -87,6 +102,22 @@ class ModelSection(Section):
         "dropout: 0, targets: [query_key_value, dense, dense_h_to_4h, dense_4h_to_h] or all, the first unless given, "
         "modules_to_save: [embedding, head], matrices that are trained beside the adapters, none unless given}, "
         "arXiv:2106.09685.",
+    )
+    num_token_types: int | None = key(
+        None,
+        "Segments of a sample that have a learned vector each; 2 with bert_binary_head, else 0, when left out.",
+        unit="types",
+    )
+    lm_head: str | None = key(
+        None,
+        "Layers before the output matrix: linear, none; masked, a dense layer, gelu and a norm, and a bias behind it, "
+        "as in BERT. Follows from train_impl.",
+        choices=(LINEAR_HEAD, MASKED_HEAD),
+    )
+    bert_binary_head: bool | None = key(
+        None,
+        "Learn whether the two segments of a sample are in the right order, by a pooler and two logits, "
+        "arXiv:1909.11942; on with train_impl bert when left out.",
     )
     output_layer_parallelism: str = key(
         "column", "How tensor parallelism shards the output layer.", choices=("column",)

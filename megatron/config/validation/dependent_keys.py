@@ -334,6 +334,7 @@ DEPENDENT: tuple[DependentKeys, ...] = (
         _objective("reinforce"),
         "train_impl is not reinforce",
     ),
+    DependentKeys(("mask_prob", "mask_max_ngram", "short_seq_prob"), _objective("bert"), "train_impl is not bert"),
     DependentKeys(("z_loss",), _objective("rm"), "train_impl is not rm"),
     DependentKeys(
         ("online_dataserver_ips", "online_dataserver_ports"),

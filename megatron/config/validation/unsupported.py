@@ -96,7 +96,6 @@ IGNORED_HINTS = {
 UNUSED_KEYS = {
     "param_sharing_style": "nothing reads it",
     "weight_server_port": "nothing reads it",
-    "short_seq_prob": "it belongs to masked language models",
     "adlr_autoresume_interval": "nothing reads it",
     "deepscale": "it is an older name of DeepSpeed",
     "deepscale_config": "it is an older name of DeepSpeed",

@@ -69,6 +69,8 @@ class TokenTargets:
     """Coefficient of the squared log-sum-exp of the logits (arXiv:2204.02311, section 5)."""
     link: WeightLink | None = None
     """Takes the gradient of the matrix, if the graph of the loss must not lead to it directly."""
+    bias: Tensor | None = None
+    """Added to the logits, [v/t]; None for none."""
 
 
 def linear_cross_entropy(
@@ -93,7 +95,7 @@ def linear_cross_entropy(
     """
     rows = hidden.reshape(-1, hidden.shape[-1])
     settings = _LossSettings(targets, axis, linear_ops(kernel), softmax, torch.is_grad_enabled())
-    total: Tensor = _LinearCrossEntropy.apply(rows, weight, settings)
+    total: Tensor = _LinearCrossEntropy.apply(rows, weight, targets.bias, settings)
     return total if targets.link is None else total + targets.link.anchor
 
 
@@ -108,36 +110,44 @@ class _LossSettings:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, settings: _LossSettings) -> Tensor:
-        need_hidden, need_weight = (need and settings.grad_enabled for need in ctx.needs_input_grad[:2])
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, settings: _LossSettings) -> Tensor:
+        need_hidden, need_weight, need_bias = (need and settings.grad_enabled for need in ctx.needs_input_grad[:3])
         ops, targets = settings.ops, settings.targets
         labels, weights = targets.labels.reshape(-1), targets.weights.reshape(-1)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         gradient = _WeightGradient(weight, ops) if need_weight else None
-        total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        grad_bias = torch.zeros(bias.shape, dtype=wide, device=bias.device) if need_bias and bias is not None else None
+        total = torch.zeros((), dtype=wide, device=hidden.device)
         blocks = list(_blocks(hidden, weight))
         for block in blocks:
-            logits = ops.product(hidden[block], weight, None)  # [rows of the block, v/t]
+            logits = ops.product(hidden[block], weight, bias)  # [rows of the block, v/t]
             terms = LossTerms(labels[block], weights[block], settings.axis, targets.vocabulary, targets.z_loss)
-            total += loss_of_rows(logits, terms, settings.softmax, overwrite=need_hidden or need_weight)
+            total += loss_of_rows(logits, terms, settings.softmax, overwrite=need_hidden or need_weight or need_bias)
             if grad_hidden is not None:
                 grad_hidden[block] = ops.input_gradient(logits, weight)
             if gradient is not None:
                 gradient.add(logits, hidden[block], last=len(blocks) == 1)
+            if grad_bias is not None:
+                grad_bias += logits.sum(0, dtype=wide)
             del logits
         grad_weight = None if gradient is None else gradient.result()
         if targets.link is not None:
             targets.link.gradient, grad_weight = grad_weight, None
-        ctx.gradients = (grad_hidden, grad_weight)
+        ctx.gradients = (
+            grad_hidden,
+            grad_weight,
+            None if bias is None or grad_bias is None else grad_bias.to(bias.dtype),
+        )
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         if ctx.gradients is None:
             raise RuntimeError("this loss can be differentiated once: its gradients are computed with its value")
         found, ctx.gradients = ctx.gradients, None
-        grad_hidden, grad_weight = (None if each is None else _scaled(each, grads[0]) for each in found)
-        return grad_hidden, grad_weight, None
+        grad_hidden, grad_weight, grad_bias = (None if each is None else _scaled(each, grads[0]) for each in found)
+        return grad_hidden, grad_weight, grad_bias, None
 
 
 def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:

@@ -1,0 +1,28 @@
+"""What the training objective decides of a model: its attention mask and its heads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron.registry import BIDIRECTIONAL, CAUSAL, LINEAR_HEAD, MASKED_HEAD
+
+MASKED = "bert"
+"""The objective whose model is an encoder."""
+ENCODER_KEYS = ("attention_mask", "lm_head", "bert_binary_head", "num_token_types")
+
+
+def derive_encoder(train_impl: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the values of ENCODER_KEYS.
+
+    train_impl: the objective. given: the values of ENCODER_KEYS, None where they are left out.
+    """
+    masked = train_impl == MASKED
+    usual = {
+        "attention_mask": BIDIRECTIONAL if masked else CAUSAL,
+        "lm_head": MASKED_HEAD if masked else LINEAR_HEAD,
+        "bert_binary_head": masked,
+    }
+    found = {name: value if given[name] is None else given[name] for name, value in usual.items()}
+    types = given["num_token_types"]
+    return {**found, "num_token_types": (2 if found["bert_binary_head"] else 0) if types is None else types}

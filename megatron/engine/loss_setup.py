@@ -1,0 +1,32 @@
+"""What computes and reports the losses of a run, from its sections of the configuration."""
+
+from __future__ import annotations
+
+from megatron.config.schema.moe import MoeSection
+from megatron.distributed.mesh import Axis
+from megatron.model.loss_function import LossFunction
+from megatron.model.loss_parts import LossParts
+from megatron.model.moe.losses import RouterLossTracker
+from megatron.registry import OBJECTIVES
+
+
+def router_losses(moe: MoeSection) -> RouterLossTracker | None:
+    """Returns the tracker of router losses; None if no block has experts."""
+    return RouterLossTracker(moe.moe_aux_loss_coeff, moe.moe_z_loss_coeff) if moe.moe_num_experts > 1 else None
+
+
+def loss_function(train_impl: str, axis: Axis, vocab_size: int | None, *, fused: bool) -> LossFunction:
+    """Returns the objective as the engines call it.
+
+    Args:
+        train_impl: name of the objective.
+        axis: tensor-parallel ranks.
+        vocab_size: number of tokens; logits past them get no probability.
+        fused: compute the output layer and the loss together where the objective can.
+    """
+    return LossFunction(OBJECTIVES.load(train_impl)(), axis, vocab_size, fused=fused)
+
+
+def loss_parts(binary_head: bool | None) -> LossParts | None:
+    """Returns what collects losses beside that of tokens; None for a model without a binary head."""
+    return LossParts() if binary_head else None

@@ -1,0 +1,40 @@
+"""Losses beside that of tokens, which are reported apart: of the order of sentences."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron.distributed.mesh import Topology
+
+ORDER = "sop_loss"
+
+
+class LossParts:
+    """Sums of the values that the last stage of a rank has computed since they were taken."""
+
+    def __init__(self, names: tuple[str, ...] = (ORDER,)) -> None:
+        self._names = names
+        self._sums: dict[str, Tensor] = {}
+        self._counts = dict.fromkeys(names, 0)
+
+    def note(self, name: str, value: Tensor) -> None:
+        """Records the value of one micro batch, a scalar."""
+        value = value.detach().float()
+        self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._counts[name] += 1
+
+    def take(self, topology: Topology, device: torch.device) -> dict[str, Tensor]:
+        """Returns name -> mean over micro batches and ranks since the last call; collective."""
+        zero = torch.zeros((), device=device)
+        totals = torch.stack(
+            [self._sums.get(name, zero) for name in self._names]
+            + [torch.full((), float(self._counts[name]), device=device) for name in self._names]
+        )
+        for axis in (topology.dp_cp, topology.pipe):
+            if axis.size > 1:
+                dist.all_reduce(totals, group=axis.group)
+        self._sums, self._counts = {}, dict.fromkeys(self._names, 0)
+        sums, counts = totals.chunk(2)
+        return dict(zip(self._names, (sums / counts.clamp(min=1)).unbind(), strict=True))
