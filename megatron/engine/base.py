@@ -21,6 +21,7 @@ from megatron.distributed.mesh import Topology
 from megatron.distributed.rng_tracker import TensorParallelRNG
 from megatron.engine import optimizer_state
 from megatron.engine.engine import StepResult, TrainingEngine, as_tensor, loss_scale
+from megatron.engine.outlier_steps import OutlierSteps
 from megatron.engine.weight_average import WeightAverage
 from megatron.model.kv_cache import KVCache
 from megatron.model.loss_parts import LossParts
@@ -53,6 +54,8 @@ class BaseEngine(TrainingEngine, ABC):
     """Vectors of a soft prompt before every sequence."""
     average: WeightAverage | None = None
     """Average of the weights; None where none is asked for."""
+    outliers: OutlierSteps | None = None
+    """Leaves out updates from losses that are outliers; None leaves none out."""
     learns: Tensor | None = None
     """Whether the last step had a token to learn, bool; None where this rank read none of its samples."""
     pipelined: bool = False
@@ -71,6 +74,7 @@ class BaseEngine(TrainingEngine, ABC):
         skipped = self.clipper.skipped if self.clipper else torch.tensor(engine.skipped_steps > skipped_before)
         if self.average is not None:
             self.average.after_step(skipped)
+        outlier = None if self.outliers is None else self.outliers.end(loss, skipped)
         scale = loss_scale(engine.optimizer)
         more = self.router_losses.take(self.topology, engine.device) if self.router_losses is not None else {}
         if self.loss_parts is not None:
@@ -79,7 +83,7 @@ class BaseEngine(TrainingEngine, ABC):
         clip = getattr(optimizer_state.inner_optimizer(engine.optimizer), "clip", None)
         if clip is not None:
             more = {**more, **clip.measured()}
-        return StepResult(loss, norm, learning_rate, scale, skipped, more, self.learns)
+        return StepResult(loss, norm, learning_rate, scale, skipped, more, self.learns, outlier)
 
     @abstractmethod
     def _run_micro_batches(self, batches: Iterator[MicroBatch]) -> Tensor:
@@ -124,13 +128,16 @@ class BaseEngine(TrainingEngine, ABC):
         )
 
     def loss_scaling(self) -> dict[str, float]:
-        more = {} if self.average is None else self.average.numbers()
-        return {**optimizer_state.read_scaling(self.deepspeed.optimizer), **more}
+        found = optimizer_state.read_scaling(self.deepspeed.optimizer)
+        for one in (self.average, self.outliers):
+            found |= {} if one is None else one.numbers()
+        return found
 
     def load_loss_scaling(self, stored: Mapping[str, float]) -> None:
         optimizer_state.write_scaling(self.deepspeed.optimizer, stored)
-        if self.average is not None:
-            self.average.load_numbers(stored)
+        for one in (self.average, self.outliers):
+            if one is not None:
+                one.load_numbers(stored)
 
     def load_optimizer(self, stored: OptimizerState) -> None:
         axis = self.topology.model

@@ -46,6 +46,7 @@ from megatron.engine.freeze import allow_empty_grad_norm, freeze, optimizer_para
 from megatron.engine.inference_engine import InferenceEngine, build_stage, pack
 from megatron.engine.loss_setup import loss_function, loss_parts, router_losses
 from megatron.engine.muon_step import MuonStep
+from megatron.engine.outlier_steps import outlier_steps
 from megatron.engine.pipeline_engine import PipelinedEngine
 from megatron.engine.recompute import full_recompute, selective_recompute
 from megatron.engine.scheduled_engine import ScheduledEngine
@@ -160,6 +161,7 @@ def build_training_engine(
         "loss_parts": parts,
         "prompt": prompt_length(config.model.soft_prompt_tuning),
         "average": average,
+        "outliers": outlier_steps(config.training.skip_outlier_steps, config.training.outlier_window, device()),
     }
     if config.parallelism.is_pipe_parallel:
         shared["hidden_size"] = require(config.model.hidden_size)

@@ -41,11 +41,13 @@ class PlainEngine(BaseEngine):
         total = torch.zeros((), device=engine.device)
         step = [next(batches).to(engine.device, non_blocking=True) for _ in range(engine.gradient_accumulation_steps())]
         tokens, self.learns = loss_divisor(step, self.topology, engine.device)
+        if self.outliers is not None:
+            self.outliers.begin(len(step), lambda sum_: self._sum(sum_) / (len(step) * self.topology.dp_cp.size))
         for batch in step:
             loss = self._forward(batch, tokens)
-            engine.backward(loss)
-            engine.step()
             total += loss.detach()
+            engine.backward(loss if self.outliers is None else self.outliers(loss))
+            engine.step()
         return self._sum(total) / (len(step) * self.topology.dp_cp.size)
 
     @property

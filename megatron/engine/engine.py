@@ -34,6 +34,8 @@ class StepResult:
     """Further measurements of the model, by name."""
     learns: Tensor | None = None
     """Whether the global batch has a token to learn, bool: without one its loss is 0; None where that is not known."""
+    outlier: Tensor | None = None
+    """True if the update was skipped because the loss was an outlier, bool; None where none is looked for."""
 
 
 class Engine(Protocol):

@@ -54,7 +54,21 @@ class PipelinedEngine(BaseEngine):
             self.length = length
 
     def _run_micro_batches(self, batches: Iterator[MicroBatch]) -> Tensor:
+        self._watch_outliers()
         return as_tensor(self.deepspeed.train_batch(self._step(batches)))
+
+    def _watch_outliers(self) -> None:
+        """Has the last stage leave out the step where its loss is an outlier."""
+        if self.outliers is not None:
+            count = self.deepspeed.micro_batches
+            self.outliers.begin(count, lambda total: self._mean_of_replicas(total / count))
+            self.deepspeed.module.after_loss = self.outliers
+
+    def _mean_of_replicas(self, value: Tensor) -> Tensor:
+        axis = self.topology.dp_cp
+        if axis.size > 1:
+            dist.all_reduce(value, group=axis.group)
+        return value / axis.size
 
     @property
     def min_eval_batches(self) -> int:

@@ -68,6 +68,7 @@ class ScheduledEngine(PipelinedEngine):
     def _run_micro_batches(self, batches: Iterator[MicroBatch]) -> Tensor:
         engine = self.deepspeed
         engine.module.train()
+        self._watch_outliers()
         step = self._read(batches, engine.micro_batches)
         divisor = torch.ones((), device=engine.device)
         if step:
@@ -142,7 +143,7 @@ class ScheduledEngine(PipelinedEngine):
         with autocast_if_enabled(engine):
             loss: Tensor = engine.module.loss_of(output, given)
         self.total += loss.detach()
-        loss = loss / engine.gradient_accumulation_steps()
+        loss = engine.module.loss_to_learn(loss) / engine.gradient_accumulation_steps()
         if isinstance(engine.optimizer, ZeROOptimizer) and torch.is_grad_enabled():
             loss = engine.optimizer.scale_if_loss(loss)
         return loss

@@ -63,6 +63,8 @@ class PipelinedModel(PipelineModule):
             partition_method: DeepSpeed's (`type:regex`, `parameters`, `uniform`), or the blocks of each stage.
             loss: Called on the last stage.
             recompute: recomputation of blocks, or None.
+
+        `after_loss`, where it is set, gets the loss of each micro batch of a step, and may change its gradient.
         """
         grid = PipeModelDataParallelTopology(  # ranks that share a sequence are data-parallel to DeepSpeed
             num_pp=topology.pipe.size, num_mp=topology.model.size, num_dp=topology.dp_cp.size
@@ -77,6 +79,7 @@ class PipelinedModel(PipelineModule):
                 loss_fn=self._loss,
             )
         self.recompute, self.loss = recompute, loss
+        self.after_loss: Callable[[Tensor], Tensor] | None = None
         self.masked_head: MaskedHead | None = None
         last = layer_specs[-1]
         if issubclass(last.layer, MaskedHead) and topology.pipe.rank == self.stage_owner(len(layer_specs) - 1):
@@ -115,6 +118,10 @@ class PipelinedModel(PipelineModule):
             return self.masked_head.loss(output[:-1], replace(targets, link=self._link))
         value: Tensor = self.forward_funcs[-1](output[0], targets=replace(targets, link=self._link))
         return value
+
+    def loss_to_learn(self, loss: Tensor) -> Tensor:
+        """Returns the loss of a micro batch, which `after_loss` has seen in training."""
+        return loss if self.after_loss is None or not is_grad_enabled() else self.after_loss(loss)
 
     def _output_layer(self) -> Any:
         """Returns the module that computes logits, on the last stage."""

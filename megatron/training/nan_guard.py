@@ -40,6 +40,11 @@ class LossGuard(Hook):
 
     def outcome(self, outcome: StepOutcome) -> None:
         """Checks a step; collective. Raises RunError where the run must stop."""
+        if outcome.outlier:
+            location = self.locator.locate_spike(outcome.consumed_samples, outcome.size)
+            what = f"the loss of iteration {outcome.iteration} is an outlier, {outcome.loss:.4f}: {location}"
+            self.log(f"{what}; the step is left out")
+            return
         if math.isfinite(outcome.loss) and (self.scaled or not outcome.skipped):
             self._check_spike(outcome)
             return

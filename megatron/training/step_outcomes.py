@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
+import torch
+
 from megatron.distributed.host_copy import HostCopy
 from megatron.engine.engine import StepResult
 from megatron.training.run_state import RunState
@@ -33,7 +35,9 @@ class StepOutcome:
     loss_scale: float
     """1 unless fp16."""
     skipped: bool
-    """True if the update was not applied because gradients were not finite."""
+    """True if the update was not applied because gradients were not finite, or the loss was an outlier."""
+    outlier: bool = False
+    """True if the update was not applied because the loss was an outlier."""
 
 
 class StepOutcomes:
@@ -47,15 +51,16 @@ class StepOutcomes:
     def add(self, state: RunState, size: StepSize, result: StepResult) -> None:
         """Adds the step after `state`."""
         before = RunState(state.iteration, state.consumed_samples)
-        self._unread.append((before, size, result.loss_scale, HostCopy(result.loss, result.grad_norm, result.skipped)))
+        outlier = torch.zeros_like(result.skipped) if result.outlier is None else result.outlier
+        values = HostCopy(result.loss, result.grad_norm, result.skipped, outlier)
+        self._unread.append((before, size, result.loss_scale, values))
 
     def take(self, *, everything: bool) -> list[StepOutcome]:
         """Returns the outcomes of all steps but the newest `lag`, in order; with `everything` of those as well."""
         found = []
         while len(self._unread) > (0 if everything else self._lag):
             before, size, scale, values = self._unread.popleft()
-            loss, norm, skipped = values.read()
-            found.append(
-                StepOutcome(before.iteration + 1, before.consumed_samples, size, loss, norm, scale, bool(skipped))
-            )
+            loss, norm, skipped, outlier = values.read()
+            where = (before.iteration + 1, before.consumed_samples)
+            found.append(StepOutcome(*where, size, loss, norm, scale, bool(skipped), bool(outlier)))
         return found

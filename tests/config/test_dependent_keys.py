@@ -108,6 +108,7 @@ WHERE_IT_MATTERS: dict[str, tuple[Any, dict[str, Any] | None]] = {
     "split": ("8,1,1", {"data_path": "a"}),
     "allow_chopped": (False, {"pack_impl": "unpacked"}),
     "overflow_limit": (10, {"precision": "fp16"}),
+    "outlier_window": (64, {"skip_outlier_steps": 6.0}),
     "te_fp8_format": ("e4m3", {"te_fp8_mha": True, "te_mha": True}),
     "te_fp8_wgrad": (False, None),
     "te_fp8_amax_history_len": (4, {"te_fp8_mha": True, "te_mha": True}),
@@ -172,6 +173,7 @@ WHERE_IT_DOES_NOT: dict[str, dict[str, Any]] = {
 # An effect on every run that trains, or on how it is started and reported; or read by DeepSpeed as it stands.
 EVERY_RUN = frozenset(
     """
+    ema_decay skip_outlier_steps
     sinks fused_linear_cross_entropy kernels bias_gelu_fusion bias_dropout_fusion rope_fusion layernorm_fusion
     rmsnorm_fusion use_flashattn_swiglu
     num_layers hidden_size num_attention_heads num_kv_heads kv_channels seq_length max_position_embeddings
@@ -180,7 +182,7 @@ EVERY_RUN = frozenset(
     use_bias_in_attn_linear use_bias_in_mlp gpt_j_residual no_weight_tying attention_config hidden_dropout
     attention_dropout pos_emb opt_pos_emb_offset soft_prompt_tuning lora init_method output_layer_init_method
     compile moe_num_experts pipe_parallel_size model_parallel_size context_parallel_size checkpoint_activations
-    recompute_granularity optimizer ema_decay weight_decay gradient_clipping clip_grad use_bnb_optimizer lr_decay_style
+    recompute_granularity optimizer weight_decay gradient_clipping clip_grad use_bnb_optimizer lr_decay_style
     lr_decay_iters lr_decay_fraction warmup_iters precision fp16 bf16 fp8 data_types fp32_allreduce zero_optimization
     prescale_gradients gradient_predivide_factor communication_data_type steps_per_print wall_clock_breakdown
     dump_state flops_profiler comms_logger activation_checkpointing curriculum_learning tensorboard wandb

@@ -385,3 +385,15 @@ def test_names_of_the_zero_block_are_those_of_deepspeed() -> None:
 
     fields = DeepSpeedZeroConfig.model_fields
     assert {*fields, *(field.alias for field in fields.values() if field.alias)} == ZERO_NAMES
+
+
+@pytest.mark.parametrize(
+    ("keys", "reported"),
+    [
+        ({"skip_outlier_steps": 0.0}, "it is a number of standard deviations above the mean"),
+        ({"skip_outlier_steps": 6.0, "outlier_window": 2}, "a mean and a deviation need losses"),
+        ({"skip_outlier_steps": 6.0, "precision": "fp16"}, "lowers the loss scale of fp16"),
+    ],
+)
+def test_outliers_are_found_by_a_limit_over_several_losses(keys: dict[str, Any], reported: str) -> None:
+    assert any(reported in line for line in errors(**keys))

@@ -39,7 +39,7 @@ class Terminal:
                 self.screen += os.read(self._master, 4096).decode(errors="replace")
 
     def press_ctrl_c_until(self, text: str) -> None:
-        """A press right before the program begins to read is heard only once it has read, so it may take another."""
+        """The program sees a press right before it begins to read once it has read, so it may take another."""
         for _ in range(60):
             os.kill(self.process.pid, signal.SIGINT)
             with suppress(AssertionError):

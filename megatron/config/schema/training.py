@@ -38,6 +38,14 @@ class TrainingSection(Section):
     deterministic: bool = key(False, "Use only operations that give the same bits on every run.")
     exit_interval: int | None = key(None, "Stop when the iteration is a multiple of this.", unit="steps")
     exit_duration: float | None = key(None, "Save and stop after this long.", unit="minutes")
+    skip_outlier_steps: float | None = key(
+        None,
+        "Leave out updates from losses that exceed the mean of the steps before by this many standard deviations, "
+        "such as 6; None leaves none out.",
+    )
+    outlier_window: int = key(
+        128, "Steps before whose losses are compared; the first half of them is never left out.", unit="steps"
+    )
     on_nan: str = key(
         "stop",
         "Action on a non-finite loss or gradient; its step is never applied.",

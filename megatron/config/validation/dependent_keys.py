@@ -259,6 +259,11 @@ DEPENDENT: tuple[DependentKeys, ...] = (
         ("allow_chopped",), lambda config: config.data.pack_impl != "packed", "pack_impl: packed cuts documents"
     ),
     DependentKeys(
+        ("outlier_window",),
+        lambda config: config.training.skip_outlier_steps is not None,
+        "skip_outlier_steps is not given",
+    ),
+    DependentKeys(
         ("overflow_limit",),
         lambda config: config.precision.precision == "fp16" or config.training.on_nan == "skip",
         "no step is left out (precision: fp16, on_nan: skip)",

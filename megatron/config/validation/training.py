@@ -103,6 +103,28 @@ def eos_tokens_are_ids(config: Config) -> Iterator[ConfigIssue]:
         yield ConfigIssue("a token's id cannot be negative", key="eos_token_ids", value=list(ids))
 
 
+def outliers_are_found_by_their_loss(config: Config) -> Iterator[ConfigIssue]:
+    """A limit is above the mean, has losses to be taken from, and no loss scale that falls with each step left out."""
+    value, window = config.training.skip_outlier_steps, config.training.outlier_window
+    if value is None:
+        return
+    if value <= 0:
+        yield ConfigIssue(
+            "it is a number of standard deviations above the mean", "skip_outlier_steps", value, hint="6 is common"
+        )
+    if window < 4:
+        yield ConfigIssue(
+            "a mean and a deviation need losses", "outlier_window", window, hint="128 is common, 4 the least"
+        )
+    if config.precision.precision == "fp16":
+        yield ConfigIssue(
+            "every step that is left out lowers the loss scale of fp16",
+            "skip_outlier_steps",
+            value,
+            hint="use bfloat16 or fp32, or leave it out",
+        )
+
+
 def fp16_loss_needs_fp16(config: Config) -> Iterator[ConfigIssue]:
     """The loss can be computed in fp16 only where the logits are fp16."""
     if config.kernels.fp16_lm_cross_entropy and config.precision.precision != "fp16":
