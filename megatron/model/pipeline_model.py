@@ -109,6 +109,9 @@ class PipelinedModel(PipelineModule):
 
         given: labels and loss mask [b, s], tokens [], and the order of segments [b, 1] where that is learned.
         """
+        return self.loss_to_learn(self._loss_of(output, given))
+
+    def _loss_of(self, output: Carry, given: Any) -> Tensor:
         targets = self.loss.targets(*given)
         if targets is None:
             assert isinstance(output, Tensor)
