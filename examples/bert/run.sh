@@ -22,7 +22,13 @@ shift 2
   --output-prefix tokens/text --tokenizer-type BertWordPieceLowerCase --vocab-file vocab.txt --workers "${WORKERS:-$(nproc)}"
 
 # 3. Training. A run that was stopped goes on from its last checkpoint when this script is called again.
-files=("$root/examples/bert/train.yml" "$root/examples/bert/${FORM:-megatron}.yml")
+form=${FORM:-megatron}
+files=("$root/examples/bert/train.yml" "$root/examples/bert/$form.yml")
 again=()
 [ ! -e checkpoints/latest ] || again=(--load checkpoints)
 "$python" "$root/deepy.py" "$root/train.py" "${files[@]}" "$@" "${again[@]}"
+
+# 4. The last checkpoint for transformers, which has no class for the modern form.
+[ "$form" = megatron ] || exit 0
+rm -rf trained
+"$python" "$root/tools/convert_to_hf.py" --input-dir checkpoints --output-dir trained

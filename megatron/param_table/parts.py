@@ -93,7 +93,7 @@ def masked_head(dims: ModelDims, padded_vocab_size: int) -> list[TensorShape]:
         padded_vocab_size: rows of the embedding [tokens].
     """
     layer, hidden = dims.num_layers + 4, dims.hidden_size
-    table = [TensorShape(layer, "bias", (padded_vocab_size,), 0, "bias")]
+    table = [TensorShape(layer, "bias", (padded_vocab_size,), 0, "vocabulary_bias")]
     table += replicated(layer, "lm_head.dense", hidden, hidden)
     table += norm(dims, layer, "lm_head.layernorm")
     if dims.binary_head:

@@ -16,6 +16,7 @@ Kind = Literal[
     "spatial",
     "mixing",
     "head",
+    "vocabulary_bias",
     "adapter",
     "prompt",
 ]

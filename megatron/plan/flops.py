@@ -4,7 +4,8 @@ A matrix product with a weight costs 2 FLOPs for each of its elements and each t
 for the gradient of the input and for that of the weight, which a frozen one does not need.
 Attention adds the products of queries with keys and of probabilities with values: 4 s FLOPs per token and feature of
 the query heads, counted over the full square as is customary, not over the causal half. A sliding window or a sparse
-layout counts the visible fraction of the causal half, and of the experts those of the token. Mamba and RWKV update and
+layout counts the visible fraction of the causal half, and of the experts those of the token. A masked language model
+needs logits of the tokens that it predicts alone, and its pooler reads one token of a sample. Mamba and RWKV update and
 read a state, a gMLP multiplies with a matrix of positions, also counted in full. Source: Narayanan et al. 2021,
 arXiv:2104.04473, appendix; embedding look-ups, norms and activations are left out there too.
 
@@ -26,6 +27,7 @@ def flops_per_iteration(
     seq_length: int,
     train_batch_size: int,
     shares: Sequence[float] | None = None,
+    predicted: float = 1.0,
 ) -> int:
     """Returns the FLOPs of forward and backward over the global batch.
 
@@ -35,14 +37,20 @@ def flops_per_iteration(
         seq_length: [tokens].
         train_batch_size: [samples].
         shares: visible fraction of each block's attention; 1 by default.
+        predicted: fraction of the tokens that a masked language model predicts; 1 for a language model.
     """
     updates = sum(tensor.count for tensor in table if tensor.kind == "adapter")
-    matrices = sum(tensor.count for tensor in table if tensor.kind == "weight")
+    heads = [tensor for tensor in table if tensor.kind == "weight" and tensor.layer == dims.num_layers + 4]
+    matrices = sum(tensor.count for tensor in table if tensor.kind == "weight" and tensor not in heads)
+    matrices += sum(
+        round(tensor.count * predicted) if tensor.name.startswith("lm_head") else tensor.count // seq_length
+        for tensor in heads
+    )
     matrices += (
         sum(tensor.count for tensor in table if tensor.kind == "expert") * dims.mixture.top_k // dims.mixture.experts
     )
     head = "word_embedding" if dims.tied else "head"
-    matrices += sum(tensor.count for tensor in table if tensor.kind == head)
+    matrices += round(predicted * sum(tensor.count for tensor in table if tensor.kind == head))
     mixing = 0.0
     for block in range(dims.num_layers):
         share = 1.0 if shares is None else shares[block]

@@ -172,7 +172,9 @@ def model_flops(config: Config, table: Sequence[TensorShape], *, seq_length: int
     """
     dims = ModelDims.of(config.model, config.moe, config.mixers)
     sizes = {"seq_length": seq_length, "train_batch_size": train_batch_size}
-    return flops_per_iteration(dims, table, shares=visible_shares(config, seq_length), **sizes)
+    predicted = config.data.mask_prob if dims.masked_head else 1.0
+    shares = visible_shares(config, seq_length)
+    return flops_per_iteration(dims, table, shares=shares, predicted=predicted, **sizes)
 
 
 def visible_shares(config: Config, seq_length: int | None = None) -> tuple[float, ...]:

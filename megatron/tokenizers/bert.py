@@ -8,7 +8,9 @@ Source: arXiv:1810.04805.
 
 from __future__ import annotations
 
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
+from typing import Any
+
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as FastTokenizer
 
 from megatron.errors import ConfigError
@@ -20,14 +22,39 @@ SPECIAL = ("[PAD]", UNKNOWN, "[CLS]", END, "[MASK]")
 """Special tokens of a vocabulary, those that it has."""
 
 
-class BertWordPieceLowerCase(FromTokenizers):
+class WordPieces(FromTokenizers):
+    """What both kinds share: how a tokenizer.json is written of a vocab.txt."""
+
+    @property
+    def roles(self) -> dict[str, Any]:
+        """The special tokens by the names that tokenizer_config.json gives them, and that texts have token types."""
+        named = {"unk_token": UNKNOWN, "cls_token": "[CLS]", "sep_token": END, "pad_token": "[PAD]"}
+        named |= {"mask_token": "[MASK]"}
+        found = {role: text for role, text in named.items() if self.id_of(text) is not None}
+        return {**found, "model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}
+
+    def to_json(self, file: str | None = None) -> str:
+        """The text of a tokenizer.json, which puts `[CLS] [SEP]` around a text and `[SEP]` behind a second one."""
+        made = FastTokenizer.from_str(super().to_json(file))
+        cls = self.id_of("[CLS]")
+        if cls is not None:
+            made.post_processor = processors.TemplateProcessing(
+                single=f"[CLS] $A {END}",
+                pair=f"[CLS] $A {END} $B:1 {END}:1",
+                special_tokens=[("[CLS]", cls), (END, self.eod)],
+            )
+        content: str = made.to_str()
+        return content
+
+
+class BertWordPieceLowerCase(WordPieces):
     """Lower-cased word pieces, without accents. Raises ConfigError when vocab.txt is missing or lacks a token."""
 
     def __init__(self, vocab_file: str | None = None, merge_file: str | None = None) -> None:
         super().__init__(_word_pieces("BertWordPieceLowerCase", vocab_file, lower=True), END, vocab_file)
 
 
-class BertWordPieceCase(FromTokenizers):
+class BertWordPieceCase(WordPieces):
     """Word pieces in the text's own case. Raises as the other."""
 
     def __init__(self, vocab_file: str | None = None, merge_file: str | None = None) -> None:

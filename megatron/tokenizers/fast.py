@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import AddedToken
@@ -204,6 +205,11 @@ class FromTokenizers:
             return bytes_of_piece(piece) if '"ByteFallback"' in self._decoder else None
         known = self._alphabet
         return bytes(map(known.__getitem__, piece)) if all(map(known.__contains__, piece)) else None
+
+    @property
+    def roles(self) -> dict[str, Any]:
+        """Settings of tokenizer_config.json, such as names of special tokens, of a kind that knows them; else none."""
+        return {}
 
     @property
     def pieces(self) -> list[str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from megatron.errors import ConfigError
 from megatron.tokenizer_info import TokenizerInfo, describe_tokenizer
@@ -43,7 +44,7 @@ class Portable:
     """The text of the tokenizer.json, or None."""
     model: Path | None
     """A .model to copy."""
-    names: dict[str, str]
+    names: dict[str, Any]
     """For tokenizer_config.json."""
     other: bool = False
     """The run reads another tokenizer.json than the folder's own, which is content."""
@@ -139,9 +140,10 @@ def _is_complete(path: Path) -> bool:
 def _of_tokenizers(tokenizer: FromTokenizers, folder: Path | None, content: str) -> Portable:
     end = tokenizer.end
     named = named_tokens(folder) if folder is not None else {}
-    names = {"eos_token": end}
+    names: dict[str, Any] = {"eos_token": end}
     if end == END_OF_DOCUMENT:  # GPT-2's, which begins texts too and stands for what is unknown
         names |= {"bos_token": end, "unk_token": end}
+    names |= tokenizer.roles
     begin = named.get("bos_token", names.get("bos_token") if folder is None else None)
     number = None if begin is None else tokenizer.id_of(begin)
     return Portable(tokenizer.vocab_size, tokenizer.eod, number, folder, content, None, names)

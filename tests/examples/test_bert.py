@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoTokenizer, MegatronBertForPreTraining
 
 from megatron.metrics.sinks.jsonl import read_metrics
 from tests.examples.scripts import EXAMPLES, SMALL, flags, run, write_text
@@ -20,3 +22,8 @@ def test_from_raw_text_to_a_trained_encoder(form: str, tmp_path: Path) -> None:
     assert records[-1]["train/lm_loss"] < records[0]["train/lm_loss"] - 0.3
     assert ("train/sop_loss" in records[-1]) == (form == "megatron")
     assert (tmp_path / "work" / "checkpoints" / "latest").read_text() == "global_step20"
+    if form == "megatron":
+        folder = tmp_path / "work" / "trained"
+        tokenizer, model = AutoTokenizer.from_pretrained(folder), MegatronBertForPreTraining.from_pretrained(folder)
+        with torch.no_grad():
+            assert model(**tokenizer("a text", return_tensors="pt")).prediction_logits.shape[-1] == len(tokenizer)

@@ -7,10 +7,12 @@ import pytest
 import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from megatron.errors import ConfigError, RunError
 from megatron.tokenizers import make_tokenizer, trainer
 from megatron.tokenizers.masking import masking_tokens
+from megatron.tokenizers.to_folder import portable
 from megatron.tokenizers.trainer import save_tokenizer, train_byte_level_bpe, train_sentence_piece
 from megatron.tokenizers.word_piece_trainer import save_word_pieces, train_word_pieces
 
@@ -103,6 +105,19 @@ def test_word_pieces_of_a_text(tmp_path, lower):
     tokenizer = make_tokenizer(kind, vocab_file=str(tmp_path / "vocab.txt"))
     pieces = [tokenizer.pieces[number] for number in tokenizer.encode("Rain été 東京")]
     assert "".join(pieces).replace("##", "") == ("rainete東京" if lower else "Rainété東京")
+    portable(kind, str(tmp_path / "vocab.txt"), None).write(tmp_path, 64)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert (theirs.cls_token, theirs.sep_token, theirs.mask_token, theirs.pad_token) == (
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        "[PAD]",
+    )
+    pair = theirs("Rain", "été")
+    assert pair["input_ids"] == [2, *tokenizer.encode("Rain"), 3, *tokenizer.encode("été"), 3]
+    assert pair["token_type_ids"] == [0] * (len(tokenizer.encode("Rain")) + 2) + [1] * (
+        len(tokenizer.encode("été")) + 1
+    )
     tokens = masking_tokens(tokenizer)
     assert (tokens.pad, tokens.cls, tokens.sep, tokens.mask) == (0, 2, 3, 4)
     assert [bool(each) for each in tokens.continues] == [piece.startswith("##") for piece in tokenizer.pieces]

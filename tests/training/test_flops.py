@@ -44,3 +44,13 @@ def test_a_window_that_a_short_sequence_does_not_fill_hides_nothing() -> None:
     full = {length: flops_per_iteration(dims, table, seq_length=length, train_batch_size=1) for length in (32, LENGTH)}
     assert schedule.flops(32) == full[32]
     assert schedule.flops(LENGTH) < full[LENGTH]
+
+
+def test_a_masked_model_counts_logits_of_predicted_tokens_alone() -> None:
+    """2 blocks: 12 h^2 and 4 s h each; of 1 token in 5 a dense layer and 512 logits; a pooler for each sample."""
+    changes: dict[str, Any] = {"train_impl": "bert", "pack_impl": "unpacked", "mask_prob": 0.2, "vocab_size": 512}
+    plan = make_plan(resolved(**changes, make_vocab_size_divisible_by=1))
+    hidden, length, samples = 64, 32, 2
+    blocks = 2 * (2 * 12 * hidden**2 + 4 * length * hidden)
+    heads = 2 * (round(hidden**2 * 0.2) + round(512 * hidden * 0.2)) + 2 * (hidden**2 // length + 2 * hidden // length)
+    assert plan.flops_per_iteration == 3 * (blocks + heads) * length * samples

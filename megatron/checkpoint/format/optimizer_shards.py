@@ -20,7 +20,7 @@ from megatron.checkpoint.format import files, layout
 from megatron.errors import RunError
 from megatron.param_table import TensorShape
 
-VOCABULARY = ("word_embedding", "head")
+VOCABULARY = ("word_embedding", "head", "vocabulary_bias")
 """Kinds of tensors whose rows are padded to a multiple, so that readers may have more of them than writers."""
 
 MASTER = "master"
@@ -285,4 +285,4 @@ def pad_rows(shape: TensorShape, full: Tensor, *, zero: bool = False) -> Tensor:
     if missing <= 0:
         return full
     row = torch.zeros_like(full[:1]) if zero else full.float().mean(0, keepdim=True).to(full.dtype)
-    return torch.cat((full, row.expand(missing, -1)))
+    return torch.cat((full, row.expand(missing, *full.shape[1:])))

@@ -129,6 +129,22 @@ _MAMBA: Settings = {
     "time_step_rank": "auto",
     "tie_word_embeddings": True,
 }
+_MEGATRON_BERT: Settings = {
+    "vocab_size": 29056,
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "intermediate_size": 4096,
+    "hidden_act": "gelu",
+    "hidden_dropout_prob": 0.1,
+    "attention_probs_dropout_prob": 0.1,
+    "max_position_embeddings": 512,
+    "type_vocab_size": 2,
+    "layer_norm_eps": 1e-12,
+    "tie_word_embeddings": True,
+    "is_decoder": False,
+    "add_cross_attention": False,
+}
 DEFAULTS: Mapping[str, Settings] = {
     "gpt_neox": _NEOX,
     "llama": _LLAMA,
@@ -139,6 +155,7 @@ DEFAULTS: Mapping[str, Settings] = {
     "opt": _OPT,
     "mpt": _MPT,
     "mamba": _MAMBA,
+    "megatron-bert": _MEGATRON_BERT,
 }
 """model_type -> key -> the value of its class."""
 ROTARY = frozenset({"rope_theta", "rotary_emb_base", "rotary_pct"})

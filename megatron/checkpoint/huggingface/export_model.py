@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint.format import files
+from megatron.checkpoint.format.optimizer_shards import VOCABULARY
 from megatron.checkpoint.format.weight_shards import key_of
 from megatron.checkpoint.huggingface import safetensors_format
 from megatron.checkpoint.huggingface.families import family_for
@@ -164,7 +165,7 @@ def _zeros(row: TensorMapping, shape: TensorShape, part: int) -> Tensor:
 
 
 def _without_padding(shape: TensorShape, full: Tensor, rows: int) -> Tensor:
-    return full[:rows] if shape.kind in ("word_embedding", "head") else full
+    return full[:rows] if shape.kind in VOCABULARY else full
 
 
 def _write_files(output: Path, promises: list[Promise], largest: int) -> None:

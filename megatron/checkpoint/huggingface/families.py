@@ -10,15 +10,18 @@ from megatron.checkpoint.huggingface.gpt2 import GPT2
 from megatron.checkpoint.huggingface.gpt_neox import GPT_NEOX
 from megatron.checkpoint.huggingface.llama import LLAMA, MISTRAL, MIXTRAL, QWEN3
 from megatron.checkpoint.huggingface.mamba import MAMBA
+from megatron.checkpoint.huggingface.megatron_bert import MEGATRON_BERT
 from megatron.checkpoint.huggingface.mpt import MPT
 from megatron.checkpoint.huggingface.opt import OPT
 from megatron.config.schema.mixers import MixersSection
 from megatron.config.schema.model import ModelSection
 from megatron.config.schema.moe import MoeSection
 from megatron.errors import ConfigError, ConfigIssue
-from megatron.registry import WITHOUT_ATTENTION
+from megatron.registry import BIDIRECTIONAL, CAUSAL, WITHOUT_ATTENTION
 
-FAMILIES = {family.name: family for family in (GPT_NEOX, LLAMA, MISTRAL, MIXTRAL, QWEN3, GPT2, OPT, MPT, MAMBA)}
+FAMILIES = {
+    family.name: family for family in (GPT_NEOX, LLAMA, MISTRAL, MIXTRAL, QWEN3, GPT2, OPT, MPT, MAMBA, MEGATRON_BERT)
+}
 
 
 def family_for(model: ModelSection, moe: MoeSection, mixers: MixersSection, name: str | None = None) -> ModelFamily:
@@ -42,6 +45,8 @@ def family_for(model: ModelSection, moe: MoeSection, mixers: MixersSection, name
     likely = list(FAMILIES.values())
     if moe.moe_num_experts > 1:
         likely = [family for family in FAMILIES.values() if family.experts is not None]
+    elif model.attention_mask == BIDIRECTIONAL:
+        likely = [family for family in FAMILIES.values() if family.encoder]
     elif "mamba" in map(str, model.attention_config or ()):
         likely = [family for family in FAMILIES.values() if family.mixers is not None]
     raise ConfigError(*min((errors[family.name] for family in likely), key=len))
@@ -50,6 +55,9 @@ def family_for(model: ModelSection, moe: MoeSection, mixers: MixersSection, name
 def _misfits(family: ModelFamily, model: ModelSection, moe: MoeSection, mixers: MixersSection) -> list[ConfigIssue]:
     """What of a model a family cannot say."""
     errors = family.misfits(model)
+    if family.encoder != (model.attention_mask == BIDIRECTIONAL):
+        what = f"a model of the family {family.name} is {BIDIRECTIONAL if family.encoder else CAUSAL}"
+        errors.append(ConfigIssue(what, key="attention_mask", value=model.attention_mask))
     known = family.mixers.kinds if family.mixers else frozenset()
     others = sorted((set(map(str, model.attention_config or ())) & WITHOUT_ATTENTION) - known)
     if others:

@@ -88,6 +88,8 @@ class ModelFamily:
     """None where its blocks have none."""
     mixers: Mixers | None = None
     """None where all of them have attention."""
+    encoder: bool = False
+    """Whether its attention is bidirectional."""
 
 
 def same(ours: str, theirs: str) -> TensorMapping:

@@ -21,6 +21,7 @@ from megatron.checkpoint.load.merge_shards import as_stored, assemble
 from megatron.checkpoint.offline.write_resharded import write_weights
 from megatron.checkpoint.save.commit import make_room, publish
 from megatron.config import Resources, resolve, serialize
+from megatron.config.derived.encoder import CONVERSION
 from megatron.config.derived.vocabulary import padded_vocab_size
 from megatron.errors import RunError
 from megatron.param_table import ModelDims, TensorShape, tensors
@@ -65,7 +66,8 @@ def adopt(
         further: Keys for the configuration that is kept with the checkpoint.
     """
     settings = folder.settings() | {"vocab_size": folder.rows, "make_vocab_size_divisible_by": 1}
-    flags = {**settings, "seq_length": settings["max_position_embeddings"], "user_script": "generate.py"}
+    script = CONVERSION if folder.family.encoder else "generate.py"
+    flags = {**settings, "seq_length": settings["max_position_embeddings"], "user_script": script}
     flags |= {**(further or {}), "model_parallel_size": model_size}
     config = resolve([], flags, Resources(model_size)).config
     dims = ModelDims.of(config.model, config.moe, config.mixers)

@@ -9,6 +9,8 @@ from megatron.registry import BIDIRECTIONAL, CAUSAL, LINEAR_HEAD, MASKED_HEAD
 
 MASKED = "bert"
 """The objective whose model is an encoder."""
+CONVERSION = "convert_from_hf.py"
+"""The script that imports a model, which for an encoder no other script without training does."""
 ENCODER_KEYS = ("attention_mask", "lm_head", "bert_binary_head", "num_token_types")
 
 

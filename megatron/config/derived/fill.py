@@ -18,7 +18,7 @@ from megatron.config.derived.batch import (
     derive_batch,
     size_issues,
 )
-from megatron.config.derived.encoder import ENCODER_KEYS, derive_encoder
+from megatron.config.derived.encoder import CONVERSION, ENCODER_KEYS, derive_encoder
 from megatron.config.derived.grad_accum_dtype import derive_data_types
 from megatron.config.derived.lr_schedule import decay_horizon
 from megatron.config.derived.mlp_width import head_dim
@@ -37,6 +37,7 @@ from megatron.registry import OPTIMIZERS
 MOST_LAYERS = 10_000
 INFERENCE_SCRIPTS = frozenset(
     {
+        CONVERSION,
         "generate.py",
         "evaluate.py",
         "eval.py",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from megatron.config.config import Config
-from megatron.config.derived.encoder import MASKED
+from megatron.config.derived.encoder import CONVERSION, MASKED
 from megatron.config.derived.fill import trains
 from megatron.errors import ConfigIssue
 from megatron.registry import BIDIRECTIONAL, MASKED_HEAD, POSITIONS
@@ -45,7 +46,8 @@ def encoders_do_not_generate(config: Config) -> Iterator[ConfigIssue]:
     if config.model.attention_mask != BIDIRECTIONAL:
         return
     what = "a bidirectional model predicts masked tokens and does not continue a text"
-    if not trains(config.launch.user_script):
+    script = config.launch.user_script
+    if not trains(script) and Path(str(script)).name != CONVERSION:
         hint = "its validation loss is what training reports; fine-tune it for a task, or load a causal model"
         yield ConfigIssue(what, key="train_impl", value=config.training.train_impl, hint=hint)
     elif config.evaluation.eval_tasks:
