@@ -83,12 +83,12 @@ def mark_experts(parameter: nn.Parameter, axis: Axis) -> None:
         parameter.group_name = expert_group_name(axis.size)  # type: ignore[attr-defined]
 
 
-def expert_axis(parameter: nn.Parameter) -> Axis | None:
+def expert_axis(parameter: Tensor) -> Axis | None:
     """Returns the ranks that hold other experts of the same stack, or None if the parameter is no stack of experts."""
     return getattr(parameter, "neox_experts", None)
 
 
-def expert_rank_and_size(parameter: nn.Parameter) -> tuple[int, int]:
+def expert_rank_and_size(parameter: Tensor) -> tuple[int, int]:
     """Returns (rank, size) along the expert axis; (0, 1) if the parameter is not expert-parallel."""
     axis = expert_axis(parameter)
     return (axis.rank, axis.size) if axis is not None else (0, 1)

@@ -110,6 +110,31 @@ class ParamFactory:
         mark_experts(parameter, over)
         return parameter
 
+    def expert_biases(self, name: str, features: int, *, count: int, over: Axis, sharded: bool) -> nn.Parameter:
+        """Creates this rank's biases of `count` experts, one after the other, of zeros: [e f/t] or [e f].
+
+        Raises ValueError if a shard would be uneven.
+
+        Args:
+            name: name inside the module.
+            features: outputs of one expert.
+            count: number of experts.
+            over: ranks over which the experts are distributed, e experts on each.
+            sharded: true if each tensor-parallel rank has its outputs; otherwise each has all of them, and adds a part
+                of the bias to its term of a sum.
+        """
+        if count % over.size or (sharded and features % self.axis.size):
+            raise ValueError(f"{count} experts of {features} features do not divide by the ranks")
+        own = features // self.axis.size if sharded else features
+        parameter = nn.Parameter(torch.zeros(count // over.size * own, dtype=self.dtype))
+        mark_no_weight_decay(parameter)
+        if sharded:
+            mark_sharded(parameter, 0, (features,) * count)
+        elif self.axis.size > 1:
+            mark_partial_grad(parameter, self.axis)
+        mark_experts(parameter, over)
+        return parameter
+
     def sharded(
         self, name: str, shape: tuple[int, ...], init_fn: InitFn, *, dim: int, sections: tuple[int, ...] = ()
     ) -> nn.Parameter:

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,10 +22,12 @@ from megatron.distributed.mesh import Topology
 from megatron.distributed.rng_tracker import TensorParallelRNG
 from megatron.engine import optimizer_state
 from megatron.engine.engine import StepResult, TrainingEngine, as_tensor, loss_scale
+from megatron.engine.expert_bias import correction_biases, counting_layers, update_biases
 from megatron.engine.outlier_steps import OutlierSteps
 from megatron.engine.weight_average import WeightAverage
 from megatron.model.kv_cache import KVCache
 from megatron.model.loss_parts import LossParts
+from megatron.model.moe.layer import MoELayer
 from megatron.model.moe.losses import RouterLossTracker
 from megatron.optim.grad_clip import StepValues
 from megatron.optim.param_groups import set_learning_rate
@@ -75,6 +78,7 @@ class BaseEngine(TrainingEngine, ABC):
         if self.average is not None:
             self.average.after_step(skipped)
         outlier = None if self.outliers is None else self.outliers.end(loss, skipped)
+        update_biases(self._counting, skipped)
         scale = loss_scale(engine.optimizer)
         more = self.router_losses.take(self.topology, engine.device) if self.router_losses is not None else {}
         if self.loss_parts is not None:
@@ -84,6 +88,15 @@ class BaseEngine(TrainingEngine, ABC):
         if clip is not None:
             more = {**more, **clip.measured()}
         return StepResult(loss, norm, learning_rate, scale, skipped, more, self.learns, outlier)
+
+    @cached_property
+    def _counting(self) -> list[MoELayer]:
+        return counting_layers(self.deepspeed.module)
+
+    @property
+    def biases(self) -> dict[str, Tensor]:
+        """Key -> correction bias of the routers of this rank."""
+        return correction_biases(self.deepspeed.module)
 
     @abstractmethod
     def _run_micro_batches(self, batches: Iterator[MicroBatch]) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from torch import Tensor
 from torch.nn import Module, Parameter
 
 from megatron.adapter_config import prompt_length
@@ -40,6 +41,7 @@ from megatron.engine.deepspeed_setup import (
     silence_deepspeed,
     skip_lone_allreduce,
 )
+from megatron.engine.expert_bias import correction_biases
 from megatron.engine.expert_gather import local_experts
 from megatron.engine.fp8 import use_fp8
 from megatron.engine.freeze import allow_empty_grad_norm, freeze, optimizer_parameters, start_prompt
@@ -144,7 +146,8 @@ def build_training_engine(
     use_fp8(config.precision.fp8, model, device())
     if config.kernels.compile:
         compile_blocks(model, _block_input_shape(config, topology))
-    loaded = load_weights(parameters, checkpoint, topology) if checkpoint is not None else set()
+    stored = {**parameters, **correction_biases(model)}
+    loaded = load_weights(stored, checkpoint, topology) if checkpoint is not None else set()
     if prompt_tokens and f"0.{PROMPT}" not in loaded:
         start_prompt(parameters, prompt_tokens, topology.model)
     freeze(parameters, tensors(ModelDims.of(config.model, config.moe, config.mixers), padded_vocab_size))
@@ -235,7 +238,7 @@ def build_inference_engine(
             hint="set load to a save folder",
         )
     stage = build_stage(_layer_specs(config, topology, padded_vocab_size), topology)
-    load_weights(stage.parameters, checkpoint, topology)
+    load_weights({**stage.parameters, **stage.buffers}, checkpoint, topology)
     pack(stage)
     engine = InferenceEngine(
         stage,
@@ -251,8 +254,8 @@ def build_inference_engine(
 
 
 @torch.no_grad()
-def load_weights(parameters: Mapping[str, Parameter], checkpoint: Checkpoint, topology: Topology) -> set[str]:
-    """Copies stored weights into parameters; returns their keys. Parameters that start anew are not among them."""
+def load_weights(parameters: Mapping[str, Tensor], checkpoint: Checkpoint, topology: Topology) -> set[str]:
+    """Copies stored weights into parameters and stored buffers; returns their keys, without those that start anew."""
     table: dict[str, TensorShape] = {f"{shape.layer}.{shape.name}": shape for shape in checkpoint.table}
     stored = read_weights(checkpoint, topology, [table[key] for key in parameters])
     for key, value in stored.items():

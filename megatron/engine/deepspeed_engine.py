@@ -86,7 +86,7 @@ class PlainEngine(BaseEngine):
         """
         is_saved = self.topology.dp_cp.is_first
         found = {key: _gather_shard(parameter, is_saved) for key, parameter in self.parameters.items()}
-        return {key: value for key, value in found.items() if value is not None}
+        return {key: value for key, value in found.items() if value is not None} | self.biases
 
     def owned(self) -> dict[str, Parameter]:
         """Returns key -> parameter; without stages every rank has all of them."""

@@ -20,7 +20,7 @@ def gather_experts(parameter: Parameter) -> Tensor:
     return torch.cat(parts)
 
 
-def local_experts(parameter: Parameter, shard: Tensor) -> Tensor:
+def local_experts(parameter: Tensor, shard: Tensor) -> Tensor:
     """Returns this rank's experts of a tensor-parallel shard."""
     rank, size = expert_rank_and_size(parameter)
     return shard if size == 1 else shard.chunk(size)[rank]

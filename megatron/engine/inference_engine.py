@@ -17,6 +17,7 @@ from torch.nn import Module, Parameter
 from megatron.distributed.mesh import Topology
 from megatron.distributed.process_group import device
 from megatron.distributed.tensor_parallel.embedding import VocabParallelEmbedding
+from megatron.engine.expert_bias import correction_biases
 from megatron.engine.inference_forward import pipeline_forward
 from megatron.engine.prompt_offset import prepend_padding, prompt_offset, shift_positions
 from megatron.kernels.packed_linear import packed_linear, packing_unavailable
@@ -37,6 +38,8 @@ class Stage:
     """Layers, called in order as function(carry, cache)."""
     parameters: dict[str, Parameter]
     """Key -> parameter; the copy of a tied embedding that is the output layer has the embedding's key."""
+    buffers: dict[str, Tensor]
+    """Key -> stored buffer: correction biases of routers."""
 
 
 def build_stage(layer_specs: Sequence[LayerSpec], topology: Topology) -> Stage:
@@ -46,6 +49,7 @@ def build_stage(layer_specs: Sequence[LayerSpec], topology: Topology) -> Stage:
     functions: list[Callable[..., Tensor]] = []
     modules: dict[int, Module] = {}
     parameters: dict[str, Parameter] = {}
+    buffers: dict[str, Tensor] = {}
     for index in indices:
         layer = layer_specs[index]
         if layer.tied_to is None:
@@ -53,13 +57,14 @@ def build_stage(layer_specs: Sequence[LayerSpec], topology: Topology) -> Stage:
             functions.append(module)
             for name, parameter in module.named_parameters():
                 parameters[key_in_table(index, name)] = parameter
+            buffers.update({f"{index}.{name}": buffer for name, buffer in correction_biases(module).items()})
         elif layer.tied_to in indices:
             functions.append(partial(tied_output, modules[layer.tied_to]))
         else:
             copy = EmbeddingLayer(**layer_specs[layer.tied_to].arguments, as_output_copy=True).to(device()).eval()
             functions.append(partial(tied_output, copy))
             parameters.update({f"{layer.tied_to}.{name}": parameter for name, parameter in copy.named_parameters()})
-    return Stage(indices, tuple(functions), parameters)
+    return Stage(indices, tuple(functions), parameters, buffers)
 
 
 def pack(stage: Stage) -> None:

@@ -12,7 +12,7 @@ from megatron.registry import OBJECTIVES
 
 def router_losses(moe: MoeSection) -> RouterLossTracker | None:
     """Returns the tracker of router losses; None if no block has experts."""
-    return RouterLossTracker(moe.moe_aux_loss_coeff, moe.moe_z_loss_coeff) if moe.moe_num_experts > 1 else None
+    return RouterLossTracker.of(moe) if moe.moe_num_experts > 1 else None
 
 
 def loss_function(train_impl: str, axis: Axis, vocab_size: int | None, *, fused: bool) -> LossFunction:

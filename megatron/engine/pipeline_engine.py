@@ -123,7 +123,7 @@ class PipelinedEngine(BaseEngine):
 
     def weights(self) -> dict[str, Tensor]:
         """Returns key -> this rank's shards of the layers that its stage owns."""
-        return {key: gather_experts(parameter) for key, parameter in self.owned().items()}
+        return {key: gather_experts(parameter) for key, parameter in self.owned().items()} | self.biases
 
     def _step(self, batches: Iterator[MicroBatch]) -> Iterator[Pair]:
         """Returns the pairs of one step on the first and last stage; the stages between need none."""

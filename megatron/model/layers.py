@@ -39,6 +39,7 @@ from megatron.model.masked_head import MaskedHead
 from megatron.model.model_spec import ModelSpec
 from megatron.model.moe.layer import MoEConfig
 from megatron.model.moe.losses import RouterLossTracker
+from megatron.model.moe.router import RouterOptions
 from megatron.param_table import FIRST_BLOCK
 from megatron.registry import ACTIVATIONS, ATTENTION, INITS, MLPS, NORMS, POSITIONS, ROUTERS, STANDALONE_BLOCK
 
@@ -154,7 +155,16 @@ def _moe_config(moe: MoeSection, topology: Topology, losses: RouterLossTracker |
         capacity=moe.moe_capacity_factor,
         eval_capacity=moe.moe_eval_capacity_factor,
         min_capacity=moe.moe_min_capacity,
-        losses=losses or RouterLossTracker(moe.moe_aux_loss_coeff, moe.moe_z_loss_coeff),
+        losses=losses or RouterLossTracker.of(moe),
+        options=RouterOptions(
+            sigmoid=moe.moe_router_score_function == "sigmoid",
+            pre_softmax=moe.moe_router_pre_softmax,
+            groups=moe.moe_router_num_groups or 1,
+            group_topk=moe.moe_router_group_topk or 1,
+            group_experts=moe.moe_router_group_experts,
+        ),
+        scaling=moe.moe_router_topk_scaling_factor,
+        bias_rate=moe.moe_router_bias_update_rate,
         axis=topology.expert,
         batch=topology.dp_cp,
         context=topology.context,

@@ -30,29 +30,56 @@ def attention_block(dims: ModelDims, block: int) -> list[TensorShape]:
     table += row(layer, "attention.dense", dims.hidden_size, query, dims.attention_bias)
     if not dims.shared_norm:
         table += norm(dims, layer, "post_attention_layernorm")
-    return table + (experts(dims, layer) if dims.has_experts(block) else mlp(dims, layer))
+    if dims.has_experts(block):
+        return table + experts(dims, layer) + shared_experts(dims, layer)
+    return table + mlp(dims, layer, "mlp", dims.mlp_width, dims.mlp_bias)
 
 
-def mlp(dims: ModelDims, layer: int) -> list[TensorShape]:
-    """Returns the tensors of an MLP."""
-    width = dims.mlp_width
+def mlp(dims: ModelDims, layer: int, name: str, width: int, bias: bool) -> list[TensorShape]:
+    """Returns the tensors of an MLP.
+
+    Args:
+        dims: of the model.
+        layer: layer index.
+        name: of the MLP in its layer.
+        width: inner width.
+        bias: whether its projections have biases.
+    """
     sections = (width, width) if dims.gated else ()
-    table = column(layer, "mlp.linear1", sum(sections) or width, dims.hidden_size, dims.mlp_bias, sections)
-    return table + row(layer, "mlp.linear2", dims.hidden_size, width, dims.mlp_bias)
+    table = column(layer, f"{name}.linear1", sum(sections) or width, dims.hidden_size, bias, sections)
+    return table + row(layer, f"{name}.linear2", dims.hidden_size, width, bias)
 
 
 def experts(dims: ModelDims, layer: int) -> list[TensorShape]:
     """Returns the tensors of a router and a stack of expert MLPs; every expert is sharded along its width.
 
     w1 feeds the activation, w3 is the plain half of a gated activation. Both are [out, in] for each expert; w2 is
-    [in, out], as in the public layout. Experts have no biases.
+    [in, out], as in the public layout. b1, b3 and b2 are their biases, expert after expert.
     """
-    count, width, hidden = dims.mixture.experts, dims.mlp_width, dims.hidden_size
+    mixture, width, hidden = dims.mixture, dims.expert_width, dims.hidden_size
+    count = mixture.experts
     table = [TensorShape(layer, "mlp.router.layer.weight", (count, hidden), None, "weight")]
+    if mixture.correction_bias:
+        table.append(TensorShape(layer, "mlp.router.e_score_correction_bias", (count,), None, "buffer"))
     for name in ("w1", "w3", "w2") if dims.gated else ("w1", "w2"):
         shape = (count * width, hidden)
         inputs = 0 if name == "w2" else 1
         table.append(TensorShape(layer, f"mlp.experts.mlp.{name}", shape, 0, "expert", (width,) * count, inputs))
+        if mixture.bias:
+            features, cut = (hidden, None) if name == "w2" else (width, 0)
+            of_all, sections = (count * features,), () if cut is None else (width,) * count
+            table.append(TensorShape(layer, f"mlp.experts.mlp.b{name[1]}", of_all, cut, "expert_bias", sections))
+    return table
+
+
+def shared_experts(dims: ModelDims, layer: int) -> list[TensorShape]:
+    """Returns the tensors of the experts that every token goes through, and of their gate."""
+    mixture, name = dims.mixture, "mlp.shared_experts"
+    if not mixture.shared_width:
+        return []
+    table = mlp(dims, layer, name, mixture.shared_width, bias=False)
+    if mixture.shared_gate:
+        table.append(TensorShape(layer, f"{name}.gate.weight", (1, dims.hidden_size), None, "weight"))
     return table
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron.adapter_config import EMBEDDING, HEAD, LowRank, low_rank, prompt_length
+from megatron.expert_blocks import has_experts
 from megatron.registry import ACTIVATIONS, MASKED_HEAD, POSITIONS, WITHOUT_ATTENTION
 
 
@@ -23,11 +24,41 @@ class MixtureDims:
     """Block i has experts where this divides i."""
     top_k: int = 1
     """Experts of each token."""
+    first_dense: int = 0
+    """First blocks without experts."""
+    blocks: tuple[int, ...] = ()
+    """For each block whether it has experts, in place of `interval` and `first_dense`; () without a list."""
+    width: int = 0
+    """Inner width of an expert; 0 for that of the plain MLP."""
+    bias: bool = False
+    """Whether the projections of experts have biases."""
+    shared_width: int = 0
+    """Inner width of the shared experts together; 0 for none."""
+    shared_gate: bool = False
+    """Whether the shared experts have a gate."""
+    correction_bias: bool = False
+    """Whether the router has a bias that balances the experts."""
 
     @classmethod
     def of(cls, moe: Any) -> MixtureDims:
         """Reads an object with the keys of the configuration's moe section."""
-        return cls(moe.moe_num_experts, moe.moe_expert_interval, moe.moe_top_k)
+        return cls(
+            moe.moe_num_experts,
+            moe.moe_expert_interval,
+            moe.moe_top_k,
+            moe.moe_first_k_dense_replace,
+            tuple(moe.moe_layer_freq or ()),
+            moe.moe_ffn_hidden_size or 0,
+            moe.moe_use_bias_in_experts,
+            moe.moe_shared_expert_intermediate_size or 0,
+            moe.moe_shared_expert_gate,
+            moe.moe_router_enable_expert_bias,
+        )
+
+    def has_experts(self, block: int) -> bool:
+        """Returns whether a block that attends has experts."""
+        where = {"interval": self.interval, "first_dense": self.first_dense}
+        return self.experts > 1 and has_experts(block, **where, listed=self.blocks)
 
 
 @dataclass(frozen=True)
@@ -198,8 +229,12 @@ class ModelDims:
 
     def has_experts(self, block: int) -> bool:
         """Returns whether a block has experts in place of one MLP."""
-        attends = self.kind(block) not in WITHOUT_ATTENTION
-        return attends and self.mixture.experts > 1 and block % self.mixture.interval == 0
+        return self.kind(block) not in WITHOUT_ATTENTION and self.mixture.has_experts(block)
+
+    @property
+    def expert_width(self) -> int:
+        """Inner width of an expert."""
+        return self.mixture.width or self.mlp_width
 
     @property
     def frozen(self) -> bool:

@@ -13,6 +13,8 @@ Kind = Literal[
     "weight",
     "bias",
     "expert",
+    "expert_bias",
+    "buffer",
     "spatial",
     "mixing",
     "head",

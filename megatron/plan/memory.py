@@ -177,7 +177,9 @@ def block_activations(dims: ModelDims, layout: ActivationLayout, block: int = 0)
     between = _between(dims, block) * dims.hidden_size  # outputs of the norms, inputs of the linear layers
     saved = layout.residual_tokens * between * layout.width + _updates(dims, layout, block)
     saved += (
-        _experts(dims, layout) if dims.has_experts(block) else layout.tokens * _mlp_width(dims, layout) * layout.width
+        _experts(dims, layout)
+        if dims.has_experts(block)
+        else layout.tokens * _mlp_width(dims, layout, dims.mlp_width) * layout.width
     )
     saved += _norm_inputs(dims, layout, norms, inputs) + _attention(dims, layout, block)
     if layout.hidden_dropout:
@@ -230,9 +232,9 @@ def _mixer(dims: ModelDims, layout: ActivationLayout, kind: str) -> int:
     return saved
 
 
-def _mlp_width(dims: ModelDims, layout: ActivationLayout) -> int:
-    """Returns the features that an MLP saves per token, without its input."""
-    inner = dims.mlp_width // layout.model_parallel_size
+def _mlp_width(dims: ModelDims, layout: ActivationLayout, width: int) -> int:
+    """Returns the features that an MLP of an inner width saves per token, without its input."""
+    inner = width // layout.model_parallel_size
     gated = 3 if layout.cpu else 4  # the compiled kernel saves only its input, of twice the width
     return ((gated if dims.gated else 2) - (not dims.saves_input("dense_4h_to_h"))) * inner
 
@@ -241,12 +243,16 @@ def _experts(dims: ModelDims, layout: ActivationLayout) -> int:
     """Returns the saved bytes of the experts, for balanced routing without dropped tokens.
 
     Per token and expert: the input row, the features of the MLP and the output row. Per token: the router's input in
-    fp32, and per expert logits, probabilities and their logarithms.
+    fp32, and per expert logits, probabilities and their logarithms. Shared experts save the features of their MLP, and
+    with a gate their output.
     """
-    visits = layout.tokens * dims.mixture.top_k
-    features = (1 if dims.frozen else 2) * dims.hidden_size + _mlp_width(dims, layout)
+    mixture = dims.mixture
+    visits = layout.tokens * mixture.top_k
+    features = (1 if dims.frozen else 2) * dims.hidden_size + _mlp_width(dims, layout, dims.expert_width)
     router = 0 if layout.width == FP32 or dims.frozen else dims.hidden_size * FP32
-    return visits * features * layout.width + layout.tokens * (router + 4 * dims.mixture.experts * FP32)
+    shared = _mlp_width(dims, layout, mixture.shared_width) + dims.hidden_size * mixture.shared_gate
+    saved = visits * features * layout.width + layout.tokens * (router + 4 * mixture.experts * FP32)
+    return saved + (layout.tokens * shared * layout.width if mixture.shared_width else 0)
 
 
 def _norm_inputs(dims: ModelDims, layout: ActivationLayout, norms: int, inputs: int) -> int:

@@ -13,6 +13,8 @@ from megatron.registry import WITHOUT_ATTENTION
 
 SAME_TENSORS = {"global", "flash", *SPARSE_KINDS}
 """Attention kinds with the same tensors and different masks."""
+OF_EXPERTS = ("expert", "expert_bias")
+"""Kinds of tensors that expert-parallel ranks share out."""
 
 
 def unsupported_reason(config: Config) -> str | None:
@@ -23,8 +25,9 @@ def unsupported_reason(config: Config) -> str | None:
 
 
 def model_tensors(config: Config, padded_vocab_size: int) -> list[TensorShape]:
-    """Returns every tensor of the configured model."""
-    return tensors(ModelDims.of(config.model, config.moe, config.mixers), padded_vocab_size)
+    """Returns every parameter of the configured model; buffers are none."""
+    table = tensors(ModelDims.of(config.model, config.moe, config.mixers), padded_vocab_size)
+    return [tensor for tensor in table if tensor.kind != "buffer"]
 
 
 def total(table: Sequence[TensorShape]) -> int:
@@ -53,5 +56,5 @@ def on_rank(table: Sequence[TensorShape], bounds: Sequence[int], model_parallel_
 
 def split_experts(table: Sequence[TensorShape]) -> tuple[list[TensorShape], list[TensorShape]]:
     """Splits the tensors into those of every data parallel rank, and those of experts."""
-    experts = [tensor for tensor in table if tensor.kind == "expert"]
-    return [tensor for tensor in table if tensor.kind != "expert"], experts
+    experts = [tensor for tensor in table if tensor.kind in OF_EXPERTS]
+    return [tensor for tensor in table if tensor.kind not in OF_EXPERTS], experts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megatron.adapter_config import low_rank, soft_prompt
 from megatron.config import Config
-from megatron.param_table import base_widths
+from megatron.param_table import ModelDims, base_widths
 from megatron.plan.advice import gib
 from megatron.plan.estimates import PlanFigures
 from megatron.plan.kernel_choices import device_of, kernel_lines
@@ -86,8 +86,14 @@ def _experts(config: Config) -> str:
     moe = config.moe
     if moe.moe_num_experts == 1:
         return ""
-    location = "" if moe.moe_expert_interval == 1 else f" in 1 of {moe.moe_expert_interval} blocks"
-    return f" x {moe.moe_num_experts} experts{location}, {moe.moe_top_k} a token"
+    dims = ModelDims.of(config.model, moe, config.mixers)
+    count = sum(dims.has_experts(block) for block in range(dims.num_layers))
+    location = "" if count == dims.num_layers else f" in {count} of {dims.num_layers} blocks"
+    width = f" of {moe.moe_ffn_hidden_size}" if moe.moe_ffn_hidden_size else ""
+    shared = moe.moe_shared_expert_intermediate_size
+    return f" x {moe.moe_num_experts} experts{width}{location}, {moe.moe_top_k} a token" + (
+        f", shared {shared}" if shared else ""
+    )
 
 
 def _world(config: Config) -> list[str]:

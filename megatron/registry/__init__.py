@@ -23,6 +23,7 @@ from megatron.registry.entry import (
 from megatron.registry.model import (
     ACTIVATIONS,
     ATTENTION,
+    BALANCES_ITSELF,
     BIDIRECTIONAL,
     CAUSAL,
     FULL_ATTENTION,
@@ -56,6 +57,7 @@ __all__ = [
     "ACTIVATIONS",
     "ADAM_STATE",
     "ATTENTION",
+    "BALANCES_ITSELF",
     "BIDIRECTIONAL",
     "CAUSAL",
     "COMPRESSED_COMM",

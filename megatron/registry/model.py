@@ -222,11 +222,19 @@ MLPS = Registry(
     ],
 )
 
+BALANCES_ITSELF = frozenset({"balances itself"})
+"""Trait of a router with scores and a balanced assignment of its own, which takes no options of scores."""
+
 ROUTERS = Registry(
     "router",
     "moe_router_type",
     [
-        Entry("sinkhorn", "megatron.model.moe.router:sinkhorn", "Balanced assignment while training, arXiv:2103.16716"),
+        Entry(
+            "sinkhorn",
+            "megatron.model.moe.router:sinkhorn",
+            "Balanced assignment while training, arXiv:2103.16716",
+            traits=BALANCES_ITSELF,
+        ),
         Entry("topk", "megatron.model.moe.router:topk", "The most probable experts, arXiv:1701.06538"),
     ],
 )

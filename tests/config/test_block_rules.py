@@ -6,6 +6,7 @@ import pytest
 
 from tests.config.small import errors, resolved
 
+TOPK = {"moe_num_experts": 4, "moe_top_k": 2, "moe_router_type": "topk"}
 CASES: list[tuple[int, dict[str, Any], str]] = [
     (
         2,
@@ -59,6 +60,53 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
     (1, {"moe_num_experts": 4, "moe_expert_interval": 0}, "moe_expert_interval = 0: it must be at least 1"),
     (1, {"moe_capacity_factor": 0.0}, "moe_capacity_factor = 0.0: it must be more than 0"),
     (1, {"moe_z_loss_coeff": -1.0}, "moe_z_loss_coeff = -1.0: it cannot be negative"),
+    (1, {"moe_router_bias_update_rate": 0.0}, "moe_router_bias_update_rate = 0.0: it must be more than 0"),
+    (1, {**TOPK, "moe_layer_freq": [1]}, "moe_layer_freq = [1]: it takes a 1 or a 0 for each of the 2 blocks"),
+    (1, {**TOPK, "moe_layer_freq": [0, 0]}, "no block that attends has experts; set moe_num_experts: 1"),
+    (1, {**TOPK, "moe_first_k_dense_replace": 2}, "moe_first_k_dense_replace = 2: no block that attends has experts"),
+    (
+        1,
+        {**TOPK, "moe_layer_freq": [0, 1], "moe_first_k_dense_replace": 1},
+        "moe_first_k_dense_replace = 1: moe_layer_freq names the blocks with experts; leave one of the two out",
+    ),
+    (1, {**TOPK, "moe_ffn_hidden_size": 0}, "moe_ffn_hidden_size = 0: it must be at least 1"),
+    (
+        2,
+        {**TOPK, "moe_shared_expert_intermediate_size": 33, "model_parallel_size": 2},
+        "moe_shared_expert_intermediate_size = 33: model_parallel_size = 2 does not divide it",
+    ),
+    (1, {**TOPK, "moe_shared_expert_gate": True}, "there are no shared experts to multiply"),
+    (1, {**TOPK, "moe_router_num_groups": 2}, "groups need their number and how many a token uses"),
+    (
+        1,
+        {**TOPK, "moe_router_num_groups": 3, "moe_router_group_topk": 1},
+        "moe_router_num_groups = 3: it does not divide moe_num_experts = 4",
+    ),
+    (
+        1,
+        {**TOPK, "moe_router_num_groups": 4, "moe_router_group_topk": 1, "moe_router_group_experts": 1},
+        "1 groups of 1 hold fewer than the 2 experts of a token",
+    ),
+    (
+        1,
+        {**TOPK, "moe_router_num_groups": 4, "moe_router_group_topk": 2},
+        "moe_router_group_experts = 2: it must be between 1 and the 1 experts of a group",
+    ),
+    (
+        1,
+        {**TOPK, "moe_router_type": "sinkhorn", "moe_router_score_function": "sigmoid"},
+        "moe_router_score_function = 'sigmoid': the router sinkhorn has its own scores and assignment",
+    ),
+    (
+        1,
+        {**TOPK, "moe_router_pre_softmax": False, "moe_router_enable_expert_bias": True},
+        "the bias is added to scores, and the choice is by logits, whose size nothing limits",
+    ),
+    (
+        1,
+        {**TOPK, "moe_router_pre_softmax": False, "moe_router_score_function": "sigmoid"},
+        "sigmoid scores have no softmax",
+    ),
     (
         2,
         {"attention_config": [[["mamba", "gmlp"], "all"]], "context_parallel_size": 2},

@@ -15,6 +15,7 @@ from tests.config.small import SMALL, errors, resolved
 
 MAMBA = {"attention_config": ["mamba", "global"]}
 EXPERTS = {"moe_num_experts": 2}
+TOPK = {**EXPERTS, "moe_router_type": "topk"}
 RESUMED = {"load": "x"}
 INFINITE = {"lr_decay_style": "infinite_cosine", "infinite_constant_lr": 5e-4, "min_lr": 1e-5}
 SAVED = {"save": "x", "extra_save_iters": [1]}
@@ -55,6 +56,22 @@ WHERE_IT_MATTERS: dict[str, tuple[Any, dict[str, Any] | None]] = {
     "moe_capacity_factor": (1.5, EXPERTS),
     "moe_eval_capacity_factor": (1.5, EXPERTS),
     "moe_min_capacity": (8, {**EXPERTS, "moe_capacity_factor": 1.5}),
+    "moe_first_k_dense_replace": (1, EXPERTS),
+    "moe_layer_freq": ([0, 1], EXPERTS),
+    "moe_ffn_hidden_size": (64, EXPERTS),
+    "moe_use_bias_in_experts": (True, EXPERTS),
+    "moe_shared_expert_intermediate_size": (64, EXPERTS),
+    "moe_shared_expert_gate": (True, {**EXPERTS, "moe_shared_expert_intermediate_size": 64}),
+    "moe_router_score_function": ("sigmoid", TOPK),
+    "moe_router_pre_softmax": (False, {**TOPK, "moe_top_k": 2}),
+    "moe_router_num_groups": (2, {**TOPK, "moe_router_group_topk": 1, "moe_router_group_experts": 1}),
+    "moe_router_group_topk": (1, {**TOPK, "moe_router_num_groups": 2, "moe_router_group_experts": 1}),
+    "moe_router_group_experts": (1, {**TOPK, "moe_router_num_groups": 2, "moe_router_group_topk": 1}),
+    "moe_router_topk_scaling_factor": (2.5, TOPK),
+    "moe_router_enable_expert_bias": (True, TOPK),
+    "moe_router_bias_update_rate": (0.01, {**TOPK, "moe_router_enable_expert_bias": True}),
+    "moe_seq_aux_loss_coeff": (0.1, EXPERTS),
+    "moe_global_aux_loss_coeff": (0.1, EXPERTS),
     "pipe_partition_method": ("uniform", {"pipe_parallel_size": 2}),
     "context_parallel_method": ("ring", {"context_parallel_size": 2}),
     "pipe_schedule": ("interleaved", {"pipe_parallel_size": 2, "num_layers": 4}),

@@ -29,6 +29,22 @@ def moe_section(**changes: object) -> Any:
         "moe_min_capacity": 1,
         "moe_aux_loss_coeff": 0.0,
         "moe_z_loss_coeff": 0.0,
+        "moe_first_k_dense_replace": 0,
+        "moe_layer_freq": None,
+        "moe_ffn_hidden_size": None,
+        "moe_use_bias_in_experts": False,
+        "moe_shared_expert_intermediate_size": None,
+        "moe_shared_expert_gate": False,
+        "moe_router_score_function": "softmax",
+        "moe_router_pre_softmax": True,
+        "moe_router_num_groups": None,
+        "moe_router_group_topk": None,
+        "moe_router_group_experts": 2,
+        "moe_router_topk_scaling_factor": 1.0,
+        "moe_router_enable_expert_bias": False,
+        "moe_router_bias_update_rate": 0.001,
+        "moe_seq_aux_loss_coeff": 0.0,
+        "moe_global_aux_loss_coeff": 0.0,
     }
     assert changes.keys() <= values.keys()
     return SimpleNamespace(**{**values, **changes})

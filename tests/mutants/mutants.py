@@ -212,8 +212,8 @@ MUTANTS = (
     Mutant(
         "the router's probabilities are logits",
         "model/moe/router.py",
-        "logits.softmax(dim=-1).topk(k, dim=-1)",
-        "logits.topk(k, dim=-1)",
+        "scores = logits if late else",
+        "scores = logits if True else",
         ("model/test_mixture.py",),
     ),
     # data

@@ -26,7 +26,7 @@ from megatron.engine.builder import build_training_engine, init_topology
 from megatron.model.block import Block
 from megatron.model.head import Head
 from megatron.model.mlp.dense import ParallelMLP
-from megatron.model.moe.layer import ExpertStack
+from megatron.model.moe.experts import ExpertStack
 
 Storages = dict[int, int]
 """Address of a storage -> its size [bytes]."""

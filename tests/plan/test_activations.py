@@ -33,6 +33,12 @@ BASE: dict[str, Any] = {
 NEOX = {"pos_emb": "rotary", "rotary_pct": 0.25, "gpt_j_residual": True, "no_weight_tying": True}
 LLAMA = {"pos_emb": "rotary", "norm": "rmsnorm", "activation": "swiglu", "num_kv_heads": 2, "use_bias_in_mlp": False}
 EXPERTS = {"moe_num_experts": 4, "moe_top_k": 2, "moe_router_type": "topk"}
+SHARED = {
+    "moe_ffn_hidden_size": 24,
+    "moe_shared_expert_intermediate_size": 96,
+    "moe_shared_expert_gate": True,
+    "moe_router_score_function": "sigmoid",
+}
 DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
 CASES: dict[str, dict[str, Any]] = {
     "gpt": {},
@@ -46,6 +52,7 @@ CASES: dict[str, dict[str, Any]] = {
     "relative positions": {"pos_emb": "rpe"},
     "experts": EXPERTS,
     "gated experts": {**LLAMA, **EXPERTS},
+    "shared experts": {**LLAMA, **EXPERTS, **SHARED},
     **{kind: {"attention_config": [[[kind], "all"]]} for kind in ("mamba", "rwkv", "gmlp", "amlp")},
     "updates": {"lora": {"rank": 8}},
     "updates of all, neox": {**NEOX, "lora": {"rank": 8, "targets": "all"}},

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from megatron.checkpoint.huggingface.expert_keys import expert_misfits
 from megatron.checkpoint.huggingface.family import (
     ExpertsMapping,
     ModelFamily,
@@ -189,11 +190,7 @@ MISTRAL = ModelFamily(
 
 
 def _mixtral_misfits(moe: MoeSection) -> list[ConfigIssue]:
-    expected = {"moe_router_type": "topk", "moe_expert_interval": 1, "moe_normalize_top_k": True}
-    errors = unlike(moe, expected, "Mixtral")
-    if moe.moe_num_experts == 1:
-        errors.append(ConfigIssue("a Mixtral model has experts", key="moe_num_experts", value=1))
-    return errors
+    return expert_misfits(moe, "Mixtral", moe_normalize_top_k=True)
 
 
 def _mixtral_experts(moe: MoeSection) -> Settings:

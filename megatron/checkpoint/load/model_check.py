@@ -60,6 +60,12 @@ _MODEL: dict[str, Concerned] = {
     "moe_top_k": _experts,
     "moe_router_type": _experts,
     "moe_normalize_top_k": _experts,
+    "moe_router_score_function": _experts,
+    "moe_router_pre_softmax": _experts,
+    "moe_router_num_groups": _experts,
+    "moe_router_group_topk": _experts,
+    "moe_router_group_experts": lambda values: _experts(values) and (values.get("moe_router_num_groups") or 1) > 1,
+    "moe_router_topk_scaling_factor": _experts,
     "lora": _always,
 }
 """Keys that a trained model fixes: key -> whether it has an effect on a model of these values."""

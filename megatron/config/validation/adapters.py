@@ -46,7 +46,7 @@ def adapters_have_matrices(config: Config) -> Iterator[ConfigIssue]:
         message = f"no block has attention, and blocks of kind {kinds} take no low-rank updates"
         yield ConfigIssue(message, key="lora", hint="train the whole model, or a soft prompt")
         return
-    mixtures = moe.moe_num_experts > 1 and all(number % max(1, moe.moe_expert_interval) == 0 for number in attending)
+    mixtures = all(moe.has_experts(number) for number in attending)
     lost = [
         name for name, module in zip(requested.targets, requested.modules(), strict=True) if module.startswith("mlp.")
     ]

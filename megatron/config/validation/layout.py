@@ -142,6 +142,15 @@ def _any_block(config: Config, *, beside: set[str]) -> bool:
     return bool(set(map(str, config.model.attention_config or ())) - beside)
 
 
+def _has_plain_width(config: Config) -> bool:
+    """Returns whether a block has the model's inner width: any but Mamba, RWKV, and experts of a width of their own."""
+    own = config.moe.moe_ffn_hidden_size is not None
+    return any(
+        kind not in {"mamba", "rwkv"} and not (own and config.moe.has_experts(number))
+        for number, kind in enumerate(map(str, config.model.attention_config or ()))
+    )
+
+
 def mlp_width_divides_ranks(config: Config) -> Iterator[ConfigIssue]:
     """The MLP's inner width divides by the tensor parallel size; only one of its two keys may be given."""
     model, ranks = config.model, config.parallelism.model_parallel_size
@@ -159,7 +168,7 @@ def mlp_width_divides_ranks(config: Config) -> Iterator[ConfigIssue]:
     elif model.mlp_width < 1:
         key = "intermediate_size" if model.intermediate_size is not None else "expansion_factor"
         yield ConfigIssue("the MLP would have no width", key=key, value=getattr(model, key))
-    elif ranks > 0 and model.mlp_width % ranks and _any_block(config, beside={"mamba", "rwkv"}):
+    elif ranks > 0 and model.mlp_width % ranks and _has_plain_width(config):
         key = "intermediate_size" if model.intermediate_size is not None else "hidden_size"
         yield ConfigIssue(
             f"the MLP's inner width is {model.mlp_width}, which model_parallel_size = {ranks} does not divide",

@@ -5,11 +5,9 @@ tensor-parallel ranks (tokens are the same there). Without a capacity no token i
 first tokens in the order of their positions, so no token can displace an earlier one; a token whose expert is full is
 passed on by the residual stream alone (arXiv:2101.03961, section 2.2). Padding that the packing of documents added
 takes no slot and counts in no loss of the router; without a capacity it passes through experts like any token.
+Shared experts, if there are any, see every token.
 
-Names of parameters are those of the public layout: `router.layer.weight` and `experts.mlp.w1`, `w3`, `w2`.
-
-Shapes: s sequence, b micro batch, h hidden, n tokens (s b), e experts of this rank, k experts of a token, m assigned
-rows, w width of an expert, t tensor-parallel and p expert-parallel degree.
+Shapes: s sequence, b micro batch, h hidden, n tokens (s b), e experts, k experts of a token, t tensor-parallel degree.
 """
 
 from __future__ import annotations
@@ -22,15 +20,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron.distributed.collectives import copy_to
-from megatron.distributed.expert_all_to_all import all_to_all_counts, all_to_all_rows
+from megatron.distributed.collectives import all_reduced, copy_to
 from megatron.distributed.mesh import Axis
 from megatron.distributed.param_init import ParamFactory
 from megatron.distributed.tensor_parallel.sequence_parallel import gather_twice, reduce_from_tp
 from megatron.model.block_spec import BlockSpec
-from megatron.model.moe.losses import RouterLossTracker, load_balance, mean_weights, z_loss
+from megatron.model.moe.dispatch import Dispatch
+from megatron.model.moe.experts import ExpertParallelMLP
+from megatron.model.moe.losses import (
+    ExpertCounts,
+    RouterLossTracker,
+    RouterTerms,
+    load_balance,
+    mean_probabilities,
+    mean_weights,
+    sequence_balance,
+    z_loss,
+)
+from megatron.model.moe.router import RouterOptions, probabilities
+from megatron.model.moe.shared_experts import SharedExperts
 
 Router = Callable[..., tuple[Tensor, Tensor]]
+
+CORRECTION_BIAS = "e_score_correction_bias"
+"""Name of the buffer of a router that balances its experts."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +64,12 @@ class MoEConfig:
     """Smallest number of slots of an expert."""
     losses: RouterLossTracker
     """Collects the losses of the routers."""
+    options: RouterOptions = field(default_factory=RouterOptions)
+    """Scores and groups."""
+    scaling: float = 1.0
+    """Factor of a token's weights."""
+    bias_rate: float = 0.0
+    """Change of the correction bias after a step."""
     axis: Axis = field(default_factory=lambda: Axis("expert"))
     """Ranks over which experts are distributed."""
     batch: Axis = field(default_factory=lambda: Axis("dp_cp"))
@@ -72,6 +91,11 @@ class MoELayer(nn.Module):
         self.count, self.top_k = spec.dims.mixture.experts, spec.dims.mixture.top_k
         self.router = RouterLayer(spec, source.of("router"))
         self.experts = ExpertParallelMLP(spec, source.of("experts"))
+        self.shared_experts = (
+            SharedExperts(spec, source.of("shared_experts")) if spec.dims.mixture.shared_width else None
+        )
+        updates_bias = spec.dims.mixture.correction_bias and not spec.dims.frozen
+        self.step_counts = ExpertCounts() if updates_bias or self.mixture.losses.of_global_batch else None
 
     def partial(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
         """[s, b, h] (with sequence parallelism [s/t, b, h]) -> this rank's term [s, b, h] of the sum over ranks.
@@ -84,21 +108,70 @@ class MoELayer(nn.Module):
         mixture = self.mixture
         real = None if padding is None else ~padding.t().flatten()  # [n]
         weights, experts = mixture.choose_experts(
-            logits, self.top_k, training=self.training, axis=mixture.context, real=real
+            logits,
+            self.top_k,
+            training=self.training,
+            axis=mixture.context,
+            real=real,
+            options=mixture.options,
+            bias=self.router.e_score_correction_bias,
         )
         if mixture.normalize:
             weights = weights / weights.sum(dim=-1, keepdim=True)
+        if mixture.scaling != 1.0:
+            weights = weights * mixture.scaling
         routes = Dispatch.of(experts, self.count, self._slots(len(tokens)), real)
         if self.training and torch.is_grad_enabled():
-            probabilities = logits.softmax(dim=-1)
-            shares = None if real is None else mean_weights(real, mixture.batch)
-            balance = load_balance(probabilities, routes.requested, mixture.batch, shares)
-            weights = mixture.losses.attach(weights, balance, z_loss(logits, shares), routes.dropped)
+            weights = self._with_losses(weights, logits, routes, x.shape[1], real)
         weights = copy_to(weights.to(x.dtype), self.parallel)
-        return self.experts(region.flatten(0, 1), routes, weights).view_as(x)
+        inside = region.flatten(0, 1)
+        total = self.experts(inside, routes, weights)
+        if self.shared_experts is not None:
+            total = total + self.shared_experts.partial(tokens, inside)
+        return total.view_as(x)
+
+    def _with_losses(
+        self, weights: Tensor, logits: Tensor, routes: Dispatch, batch: int, real: Tensor | None
+    ) -> Tensor:
+        """Returns the weights with the losses of the router attached.
+
+        Args:
+            weights: of the chosen experts [n, k].
+            logits: of the router [n, e].
+            routes: the assignments.
+            batch: sequences of the micro batch.
+            real: False for padding [n]; None where there is none.
+        """
+        mixture, losses, counts = self.mixture, self.mixture.losses, None
+        scores = probabilities(logits, mixture.options)
+        shares = None if real is None else mean_weights(real, mixture.batch)
+        terms = RouterTerms(
+            load_balance(scores, routes.requested, mixture.batch, shares),
+            z_loss(logits, shares),
+            routes.dropped,
+            sequence_balance(scores, self.top_k, batch, mixture.context, real) if losses.sequence else None,
+            mean_probabilities(scores, shares) if losses.of_global_batch else None,
+        )
+        if self.step_counts is not None:
+            counts = all_reduced(routes.requested, mixture.batch)
+        return losses.attach(weights, terms, counts, self.step_counts)
+
+    @torch.no_grad()
+    def update_bias(self, skipped: Tensor) -> None:
+        """Moves the correction bias towards even counts of the step (arXiv:2408.15664, algorithm 1).
+
+        The bias of an expert with fewer assignments than the mean rises, that of one with more falls. skipped: whether
+        the step changed no parameter, bool; the bias then keeps its value too.
+        """
+        bias = self.router.e_score_correction_bias
+        counts = None if self.step_counts is None else self.step_counts.take()
+        if bias is None or counts is None:
+            return
+        missing = torch.sign(counts.sum() - counts * self.count)
+        bias += torch.where(skipped.to(bias.device), 0.0, self.mixture.bias_rate * missing.to(bias.dtype))
 
     def add_bias(self, total: Tensor) -> Tensor:
-        """Returns its input, since experts have no bias."""
+        """Returns its input: the biases of experts, if they have any, are in the term of each rank."""
         return total
 
     def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
@@ -123,18 +196,32 @@ class MoELayer(nn.Module):
 class RouterLayer(nn.Module):
     """Computes logits of every expert, in fp32 at least (arXiv:2101.03961, section 2.4).
 
-    Its number of outputs does not depend on the width, so to muP it is an output layer.
+    Its number of outputs does not depend on the width, so to muP it is an output layer. The correction bias [e] is a
+    buffer: it has no gradient, and no optimizer and no partition of ZeRO knows it. It is in fp32 at least, since its
+    changes are small beside it.
     """
 
     def __init__(self, spec: BlockSpec, source: ParamFactory) -> None:
         super().__init__()
         self.layer = _Fp32Linear(spec, source.of("layer"))
         self.multiplier = spec.multipliers.router
+        balanced = spec.dims.mixture.correction_bias
+        self.register_buffer(CORRECTION_BIAS, torch.zeros(spec.dims.mixture.experts) if balanced else None)
+        self.e_score_correction_bias: Tensor | None
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[n, h] -> [n, all experts]."""
         logits: Tensor = self.layer(tokens)
         return logits if self.multiplier == 1.0 else logits * self.multiplier
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RouterLayer:
+        """Moves to another device or type, except that the bias stays in fp32."""
+        bias = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        moved = self.e_score_correction_bias
+        if bias is not None and moved is not None and moved.dtype != bias.dtype:
+            self.e_score_correction_bias = bias.to(moved.device, torch.promote_types(moved.dtype, torch.float32))
+        return self
 
 
 class _Fp32Linear(nn.Module):
@@ -148,106 +235,3 @@ class _Fp32Linear(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         wide = torch.promote_types(tokens.dtype, torch.float32)
         return F.linear(tokens.to(wide), self.weight.to(wide))
-
-
-@dataclass(frozen=True)
-class Dispatch:
-    """The assignments of n tokens that are not dropped, ordered by expert and then by token."""
-
-    order: Tensor
-    """Indices in the flattened [n, k], [m]."""
-    counts: Tensor
-    """Assignments of each expert [all experts]."""
-    requested: Tensor
-    """Assignments of each expert before any was dropped, without those of padding."""
-    dropped: Tensor
-    """Fraction of dropped assignments, without those of padding, scalar."""
-
-    @staticmethod
-    def of(experts: Tensor, count: int, slots: int | None, real: Tensor | None = None) -> Dispatch:
-        """Creates the dispatch from the experts of each token.
-
-        Args:
-            experts: [n, k].
-            count: All experts.
-            slots: Capacity of an expert, None for no limit.
-            real: False for padding, which no expert takes where there is a limit, [n]; None where there is none.
-        """
-        flat, numbers = experts.flatten(), torch.arange(count, device=experts.device)
-        counted = flat if real is None else experts.masked_fill(~real[:, None], count).flatten()
-        # torch.bincount would have the host wait for the largest number.
-        requested = (counted.unsqueeze(1) == numbers).sum(0)
-        if slots is None:
-            counts = requested if real is None else (flat.unsqueeze(1) == numbers).sum(0)
-            return Dispatch(flat.argsort(stable=True), counts, requested, torch.zeros((), device=flat.device))
-        order = counted.argsort(stable=True)  # padding last
-        sorted_experts = counted[order]
-        first = requested.cumsum(0) - requested  # [all experts]
-        rank_in_expert = torch.arange(len(flat), device=flat.device) - first[sorted_experts.clamp(max=count - 1)]
-        taken = rank_in_expert < slots
-        if real is not None:
-            taken &= sorted_experts < count
-        counts = requested.clamp(max=slots)
-        dropped = (requested - counts).sum() / requested.sum().clamp(min=1)
-        return Dispatch(order[taken], counts, requested, dropped)
-
-
-class ExpertParallelMLP(nn.Module):
-    """The experts of this rank."""
-
-    def __init__(self, spec: BlockSpec, source: ParamFactory) -> None:
-        super().__init__()
-        assert spec.moe_config is not None
-        self.axis, self.permutation = spec.moe_config.axis, spec.kernels.permutation
-        self.mlp = ExpertStack(spec, source.of("mlp"), self.axis)
-        if self.axis.size > 1 and not spec.dims.frozen:  # frozen ones have no gradients
-            from megatron.model.moe.deepspeed_marker import DeepSpeedExperts
-
-            self.mark = DeepSpeedExperts(spec.dims.mixture.experts)
-
-    def forward(self, tokens: Tensor, routes: Dispatch, weights: Tensor) -> Tensor:
-        """Tokens [n, h] and the weights of their experts [n, k] -> weighted sums of the experts' outputs [n, h]."""
-        prepared = self.permutation.prepare(routes.order, weights.numel())
-        rows = self.permutation.gather(tokens, routes.order, prepared, weights.shape[1])  # [m, h]
-        made = self._visit(rows, routes.counts)  # [m, h]
-        return self.permutation.combine(made, weights, routes.order, prepared)  # [n, h]
-
-    def _visit(self, rows: Tensor, counts: Tensor) -> Tensor:
-        """Applies each row's expert, on whichever rank it is: rows [m, h] in order of experts -> [m, h]."""
-        if self.axis.size == 1:
-            return self.mlp(rows, counts)
-        sent = counts.view(self.axis.size, -1)  # [p, e]
-        received = all_to_all_counts(sent, self.axis)  # [p, e]
-        numbers = torch.stack((sent.sum(1), received.sum(1))).tolist()  # [2, p]
-        came = all_to_all_rows(rows, numbers[0], numbers[1], self.axis)
-        local = torch.arange(received.shape[1], device=rows.device).repeat(self.axis.size)
-        order = local.repeat_interleave(received.flatten(), output_size=sum(numbers[1])).argsort(stable=True)
-        made = self.mlp(came.index_select(0, order), received.sum(0))
-        back = torch.zeros_like(came).index_copy(0, order, made)
-        return all_to_all_rows(back, numbers[1], numbers[0], self.axis)
-
-
-class ExpertStack(nn.Module):
-    """The matrices of this rank's experts: w1 (and w3, the plain half of a gated activation) and w2, [e w/t, h]."""
-
-    def __init__(self, spec: BlockSpec, source: ParamFactory, axis: Axis) -> None:
-        super().__init__()
-        dims = spec.dims
-        count, shape = dims.mixture.experts, (dims.mlp_width, dims.hidden_size)
-        self.local = count // axis.size
-        self.product, self.activation = spec.kernels.grouped, spec.activation
-        self.w1 = source.expert_stack("w1", shape, spec.init_fn, count=count, over=axis)
-        self.w3 = source.expert_stack("w3", shape, spec.init_fn, count=count, over=axis) if dims.gated else None
-        self.w2 = source.expert_stack("w2", shape, spec.output_init_fn, count=count, over=axis, transposed=True)
-
-    def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
-        """Rows [m, h] in order of experts, and the rows of each [e] -> this rank's term of the sum [m, h]."""
-        inner = self.product(rows, self._stack(self.w1).transpose(1, 2), counts)  # [m, w/t]
-        if self.w3 is not None:
-            plain = self.product(rows, self._stack(self.w3).transpose(1, 2), counts)
-            inner = torch.cat((plain, inner), dim=-1)  # [m, 2w/t]
-        return self.product(self.activation(inner), self._stack(self.w2), counts)
-
-    def _stack(self, weight: Tensor) -> Tensor:
-        """[e w/t, h] -> [e, w/t, h]."""
-        return weight.view(self.local, -1, weight.shape[1])
