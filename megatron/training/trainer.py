@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -20,6 +21,7 @@ from megatron.checkpoint.format.layout import same_folder
 from megatron.checkpoint.load.loader import Checkpoint, find_checkpoint, make_available, restore
 from megatron.checkpoint.load.run_inputs_check import RunInputs
 from megatron.checkpoint.save.folder_check import check_writable, claim
+from megatron.checkpoint.save.folder_programs import FolderPrograms
 from megatron.checkpoint.save.saver import Counters, Saver
 from megatron.config import Config
 from megatron.config.derived.batch_rampup import BatchRampup
@@ -108,6 +110,10 @@ def _train(config: Config, topology: Topology, stop: Stop, watchdog: Watchdog, h
     leads = builds_index_maps(config)
     if config.checkpoint.save is not None:
         check_writable(config.checkpoint.save, leads=leads)
+    if config.checkpoint.save_hf_every is not None:
+        from megatron.training.huggingface_folder import check_family  # reads every family
+
+        check_family(config.model, config.moe, config.mixers, config.mup)
     tokenizer = build_tokenizer(config.tokenizer)
     make_available(config.checkpoint, shared=config.data.use_shared_fs)
     tokenizer, vocabulary = build_vocabulary(config, topology, tokenizer, may_grow=config.checkpoint.finetune)
@@ -135,7 +141,7 @@ def _train(config: Config, topology: Topology, stop: Stop, watchdog: Watchdog, h
     )
     try:
         schedule = _train_schedule(config, topology, vocabulary, reporter)
-        saver = _saver(config, engine, vocabulary, checkpoint, inputs)
+        saver = _saver(config, engine, vocabulary, checkpoint, inputs, reporter.message)
         tasks = live_evaluation(config, engine, tokenizer, topology, stop_requested=lambda: stop.requested)
         hooks: list[Hook] = [
             ActivityHook(watchdog),
@@ -293,11 +299,14 @@ def _saver(
     vocabulary: int,
     checkpoint: Checkpoint | None,
     inputs: RunInputs,
+    say: Callable[[str], None],
 ) -> Saver | None:
     if config.checkpoint.save is None:
         return None
-    loaded = checkpoint.directory if checkpoint else None
-    return Saver(config, engine, padded_vocab_size=vocabulary, loaded=loaded, inputs=inputs)
+    loaded, every = checkpoint.directory if checkpoint else None, config.checkpoint.save_hf_every
+    command = (sys.executable, "-m", "megatron.training.huggingface_folder")
+    programs = None if every is None else FolderPrograms(command, every, "huggingface", say)
+    return Saver(config, engine, padded_vocab_size=vocabulary, loaded=loaded, inputs=inputs, programs=programs)
 
 
 def _save(saver: Saver, reporter: Reporter) -> Callable[[RunState], None]:

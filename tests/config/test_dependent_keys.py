@@ -125,6 +125,7 @@ WHERE_IT_MATTERS: dict[str, tuple[Any, dict[str, Any] | None]] = {
     "split": ("8,1,1", {"data_path": "a"}),
     "allow_chopped": (False, {"pack_impl": "unpacked"}),
     "overflow_limit": (10, {"precision": "fp16"}),
+    "save_hf_every": (2, {"save": "checkpoints", "checkpoint_factor": 1}),
     "outlier_window": (64, {"skip_outlier_steps": 6.0}),
     "te_fp8_format": ("e4m3", {"te_fp8_mha": True, "te_mha": True}),
     "te_fp8_wgrad": (False, None),

@@ -29,6 +29,7 @@ from megatron.checkpoint.remote.host_copy import Item, Sharing, by_looking, one_
 from megatron.checkpoint.remote.s3_sync import open_mirror
 from megatron.checkpoint.save.async_writer import BackgroundWriter
 from megatron.checkpoint.save.commit import make_room, publish, require_shared, retain
+from megatron.checkpoint.save.folder_programs import FolderPrograms
 from megatron.checkpoint.save.protocol import Checkpointable, run_with_heartbeat, together
 from megatron.checkpoint.save.snapshot import Snapshot
 from megatron.config import Config, serialize
@@ -64,6 +65,7 @@ class Saver:
         padded_vocab_size: Rows of the embedding.
         loaded: Checkpoint that the run started from, which is never removed.
         inputs: Files that the run reads.
+        programs: Programs that run for some checkpoints.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class Saver:
         padded_vocab_size: int,
         loaded: Path | None = None,
         inputs: RunInputs | None = None,
+        programs: FolderPrograms | None = None,
     ) -> None:
         assert config.checkpoint.save is not None, "the caller saves only where `save` is set"
         self.config = config
@@ -82,6 +85,7 @@ class Saver:
         self.save_folder = Path(config.checkpoint.save)
         self.loaded = loaded
         self.inputs = inputs or RunInputs()
+        self._programs = programs
         topology = engine.topology
         patience = float(config.launch.collective_timeout)
         self._writer = BackgroundWriter(topology.rank, topology.world_size, patience)
@@ -127,12 +131,16 @@ class Saver:
     def check(self) -> None:
         """Raises RunError if a save in flight has failed on this rank; does not wait."""
         self._writer.check()
+        if self._programs is not None:
+            self._programs.poll()
 
     def finish(self) -> None:
         """Returns when everything is written, and copied to `s3_path`. RunError on every rank if it failed on any."""
         self._settle()
         if self.config.checkpoint.s3_path is not None:
             run_with_heartbeat(self._finish_copies, f"copying to {self.config.checkpoint.s3_path}")
+        if self.config.checkpoint.save_hf_every is not None:
+            run_with_heartbeat(self._finish_programs, "writing the folders of save_hf_every")
 
     def _settle(self) -> None:
         if self.config.checkpoint.checkpoint_async:
@@ -152,6 +160,8 @@ class Saver:
         publish(beside, final, written)
         if self._mirror is not None:
             self._mirror.send(final)
+        if self._programs is not None:
+            self._programs.send(final)
         self._retain(final)
 
     def _finish_copies(self) -> None:
@@ -162,12 +172,21 @@ class Saver:
         if self._newest is not None:
             self._retain(self._newest)
 
+    def _finish_programs(self) -> None:
+        if self._programs is not None and self._sharing.leads:
+            self._programs.finish()
+            if self._newest is not None:
+                self._retain(self._newest)
+
     def _retain(self, final: Path) -> None:
         self._newest = final
         newest = layout.iteration_of(final)
         assert newest is not None, "the folder was named after an iteration"
         keep = self.config.checkpoint.keep_last_n_checkpoints
-        pending = self._mirror.pending() if self._mirror is not None else ()
+        pending = [
+            *(self._mirror.pending() if self._mirror else ()),
+            *(self._programs.pending() if self._programs else ()),
+        ]
         retain(
             self.save_folder,
             keep,

@@ -28,6 +28,12 @@ class CheckpointSection(Section):
     checkpoint_scale: str = key("linear", "Spacing of checkpoints.", choices=("linear", "log"))
     checkpoint_async: bool = key(False, "Train while a checkpoint is written; only its copy to host memory blocks.")
     extra_save_iters: Integers | None = key(None, "Further iterations to save at.", unit="steps")
+    save_hf_every: int | None = key(
+        None,
+        "Also write a folder of transformers for checkpoints whose iteration is a multiple of this, in the background, "
+        "into <save>/huggingface; none when left out.",
+        unit="steps",
+    )
     keep_last_n_checkpoints: int | None = key(None, "Older checkpoints are removed.", unit="checkpoints")
     no_save_optim: bool = key(False, "Save no optimizer state.")
     no_save_rng: bool = key(False, "Save no random number state.")

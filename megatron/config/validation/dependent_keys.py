@@ -287,6 +287,7 @@ DEPENDENT: tuple[DependentKeys, ...] = (
         lambda config: config.training.skip_outlier_steps is not None,
         "skip_outlier_steps is not given",
     ),
+    DependentKeys(("save_hf_every",), lambda config: config.checkpoint.save is not None, "save is not given"),
     DependentKeys(
         ("overflow_limit",),
         lambda config: config.precision.precision == "fp16" or config.training.on_nan == "skip",
