@@ -82,11 +82,41 @@ ATTENTION_CASES: dict[str, Keys] = {
     },
 }
 
+_TYPES = {
+    "sliding": {"sliding_window_width": 5, "rotary_emb_base": 100},
+    "full": {"rope_scaling": {"type": "yarn", **_ORIGINAL}},
+    "nope": {"rotary": False},
+}
+PART_CASES: dict[str, Keys] = {
+    "biases of queries, keys and values": {"add_qkv_bias": True, "use_bias_in_attn_linear": False},
+    "norms of outputs": {"norm_placement": "output", "norm": "rmsnorm"},
+    "norms on both sides": {"norm_placement": "sandwich", "norm": "rmsnorm_1p", "residual_multiplier": 0.5},
+    "norms across heads": {
+        "norm": "rmsnorm",
+        "use_qk_layernorm": True,
+        "qk_layernorm_across_heads": True,
+        "num_kv_heads": 2,
+    },
+    "bounds": {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "sliding_window_width": 7},
+    "bounds, own output layer": {"final_logit_softcapping": 3.0, "no_weight_tying": True, "pos_emb": "alibi"},
+    "factors": {
+        "scale_embeddings": True,
+        "embedding_multiplier": 0.5,
+        "residual_multiplier": 0.5,
+        "logit_scale": 0.5,
+        "softmax_scale": 0.1,
+    },
+    "types of blocks": {"layer_types": ["sliding", "full"], "layer_type_options": _TYPES},
+    "types of blocks, no positions": {"layer_types": ["nope", "sliding"], "layer_type_options": _TYPES},
+    "factors, parallel": {"gpt_j_residual": True, "residual_multiplier": 0.5, "logit_scale": 2.0},
+}
+
 FAMILIES: dict[str, dict[str, Keys]] = {
     "positions": POSITION_CASES,
     "norms": NORM_CASES,
     "activations": ACTIVATION_CASES,
     "attention": ATTENTION_CASES,
+    "parts": PART_CASES,
 }
 
 

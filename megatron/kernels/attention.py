@@ -132,15 +132,23 @@ def sdpa_attention(
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, enable_gqa=grouped)
 
 
-def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Attention of cached rows under a given mask.
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, view: AttentionMask | None = None) -> Tensor:
+    """Attention of cached rows under a given mask; scores with a bound by the plain formula.
 
     Args:
         q: Queries [b, n, s, d].
         k: Keys [b, m, keys, d].
         v: Values [b, m, keys, d].
         mask: [b or 1, n or 1, s, keys]; bool shows keys, float is added to the scores.
+        view: Has the bound of the scores, if there is one.
     """
+    if view is not None and view.softcap is not None:
+        group = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+        scores = view.capped((q @ k.transpose(-1, -2)).float() / math.sqrt(q.shape[-1]))  # [b, n, s, keys]
+        added = torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -torch.inf)
+        scores = scores + (added if mask.dtype == torch.bool else mask)
+        return scores.softmax(-1).to(v.dtype) @ v
     mask = mask if mask.dtype == torch.bool else mask.to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
 

@@ -2,7 +2,9 @@
 
 - sequential residual: x = x + attention(norm(x)); x = x + mlp(norm(x))
 - parallel residual (`gpt_j_residual`, GPT-J): x = x + attention(norm1(x)) + mlp(norm2(x)); `gpt_j_tied` uses one norm
-- dropout on both terms
+- the norms before attention and MLP (`pre`), on what they give (`output`: x = x + norm(attention(x))), or both
+  (`sandwich`)
+- dropout on both terms, and a factor (`residual_multiplier`)
 - sequence parallelism, KV cache, document masks
 - optionally Transformer Engine's fused norm and MLP, and FP8 autocast
 
@@ -24,6 +26,7 @@ from megatron.distributed.tensor_parallel.sequence_parallel import Regather, red
 from megatron.model.block_spec import BlockSpec
 from megatron.model.kv_cache import KVCache
 from megatron.model.mlp.dense import ParallelMLP
+from megatron.model.scales import scaled
 
 
 class Block(nn.Module):
@@ -38,10 +41,12 @@ class Block(nn.Module):
         """Sets up dropout. axis: tensor-parallel ranks, over which the sequence may be sharded."""
         super().__init__()
         self.dropout, self.dropout_add = spec.hidden_dropout, spec.kernels.dropout_add
+        self.residual_multiplier = spec.scales.residual
         self.draws = spec.random.fork if axis.sequence_parallel and self.dropout > 0 else nullcontext
 
     def add(self, hidden: Tensor, x: Tensor) -> Tensor:
-        """Adds a term to the residual stream, with dropout."""
+        """Adds a term to the residual stream, with its factor and dropout."""
+        x = scaled(x, self.residual_multiplier)
         if self.dropout == 0 or not self.training:
             return hidden + x
         with self.draws():
@@ -62,11 +67,17 @@ class TransformerBlock(Block):
         dims = spec.dims
         self.axis = source.axis
         self.parallel = dims.gpt_j_residual
-        self.input_layernorm = spec.norm()
+        self.input_layernorm = spec.norm() if dims.norms_before else None
         self.attention: Any = spec.attention[number](number, spec, source.of("attention"))
+        self.attention_output_layernorm = spec.norm() if dims.norms_after else None
         if not dims.shared_norm:
-            self.post_attention_layernorm = spec.norm()
-        self.takes_residual = not dims.shared_norm and getattr(self.post_attention_layernorm, "takes_residual", False)
+            self.post_attention_layernorm = spec.norm() if dims.norms_before else None
+        self.takes_residual = (
+            not dims.shared_norm
+            and self.residual_multiplier == 1.0
+            and getattr(self.post_attention_layernorm, "takes_residual", False)
+        )
+        self.mlp_output_layernorm = spec.norm() if dims.norms_after else None
         self.shared_norm = dims.shared_norm
         self.mlp: Any = spec.mlp[number](spec, source.of("mlp"))
         self.takes_padding: bool = getattr(self.mlp, "takes_padding", False)
@@ -98,22 +109,24 @@ class TransformerBlock(Block):
         return found + ([self.mlp.linear1, self.mlp.linear2] if isinstance(self.mlp, ParallelMLP) else [])
 
     def _sequential(self, hidden: Tensor, cache: KVCache | None, starts: Tensor | None, *of_mlp: Tensor) -> Tensor:
-        attended = self.attention(self.input_layernorm(hidden), cache, starts)
+        attended = self.attention(_normed(self.input_layernorm, hidden), cache, starts)
+        attended = _normed(self.attention_output_layernorm, attended)
         if self.fused_norm_mlp is not None:
             hidden = self.add(hidden, attended)
             return self.add(hidden, self.fused_norm_mlp(hidden))
+        norm: Any = self.post_attention_layernorm
         if self.takes_residual and (self.dropout == 0 or not self.training):
-            normed, hidden = self.post_attention_layernorm(attended, hidden)
+            normed, hidden = norm(attended, hidden)
         else:
             hidden = self.add(hidden, attended)
-            normed = self.post_attention_layernorm(hidden)
-        return self.add(hidden, self.mlp(normed, *of_mlp))
+            normed = _normed(norm, hidden)
+        return self.add(hidden, _normed(self.mlp_output_layernorm, self.mlp(normed, *of_mlp)))
 
     def _parallel(self, hidden: Tensor, cache: KVCache | None, starts: Tensor | None, *of_mlp: Tensor) -> Tensor:
-        first = self.input_layernorm(hidden)
+        first = _normed(self.input_layernorm, hidden)
         if self.fused_norm_mlp is not None:
             return self.add(self.add(hidden, self.attention(first, cache, starts)), self.fused_norm_mlp(hidden))
-        second = first if self.shared_norm else self.post_attention_layernorm(hidden)
+        second = first if self.shared_norm else _normed(self.post_attention_layernorm, hidden)
         if self.dropout > 0:  # the two terms have separate dropout masks, so each must be reduced
             return self.add(self.add(hidden, self.attention(first, cache, starts)), self.mlp(second, *of_mlp))
         regather = Regather.of(self.axis)
@@ -121,4 +134,10 @@ class TransformerBlock(Block):
         dense = isinstance(self.mlp, ParallelMLP)
         total = attended + (self.mlp.partial(second, regather) if dense else self.mlp.partial(second, *of_mlp))
         total = self.attention.dense.add_bias(reduce_from_tp(total, self.axis, regather))  # one exchange for both
-        return hidden + self.mlp.add_bias(total)
+        return hidden + scaled(self.mlp.add_bias(total), self.residual_multiplier)
+
+
+def _normed(norm: nn.Module | None, x: Tensor) -> Tensor:
+    """Returns the norm of x, or x itself without one."""
+    out: Tensor = x if norm is None else norm(x)
+    return out

@@ -18,6 +18,7 @@ from megatron.distributed.tensor_parallel.lora import LoraSpec
 from megatron.kernels.attention_patterns import MaskPattern
 from megatron.kernels.dispatch import Kernels
 from megatron.model.positions.base import AttentionPositions
+from megatron.model.scales import Scales
 from megatron.param_table import ModelDims, Multipliers
 
 
@@ -31,8 +32,8 @@ class BlockSpec:
     """Builds a norm of the hidden size."""
     norm_of: Callable[[int], nn.Module]
     """Builds a norm of any width, for full sequences."""
-    positions: AttentionPositions | None
-    """Applies positions to queries and keys, or None."""
+    positions: tuple[AttentionPositions | None, ...]
+    """For each block, what applies positions to queries and keys, or None."""
     activation: Callable[[Tensor], Tensor]
     """Activation of the MLP."""
     attention: tuple[Callable[..., nn.Module], ...]
@@ -43,8 +44,8 @@ class BlockSpec:
     """For each block, heads -> the mask pattern besides the causal mask, or None."""
     relative_positions: nn.Module | None
     """Module (distances, device) -> [n/t, distances], added to scores and shared by all blocks, or None."""
-    head_norm: Callable[[], nn.Module] | None
-    """Builds a norm of queries or keys, or None."""
+    head_norm: Callable[[int], nn.Module] | None
+    """Builds a norm of queries or keys, by the heads of all ranks, or None."""
     init_fn: InitFn
     """Initial values of matrices."""
     output_init_fn: InitFn
@@ -73,5 +74,7 @@ class BlockSpec:
     """The `MoEConfig` of blocks with experts, if there are any."""
     multipliers: Multipliers = field(default_factory=Multipliers)
     """Factors of muP."""
+    scales: Scales = field(default_factory=Scales)
+    """Factors and bounds of activations."""
     lora_specs: Mapping[str, LoraSpec] = field(default_factory=dict)
     """Target of `lora` -> adapter of such matrices."""

@@ -21,6 +21,7 @@ from megatron.model.block_spec import BlockSpec
 from megatron.model.kv_cache import KVCache
 from megatron.model.model_spec import ModelSpec
 from megatron.model.positions.base import document_positions
+from megatron.model.scales import scaled
 from megatron.model.soft_prompt import SoftPromptEmbedding
 from megatron.registry import POSITIONS
 
@@ -58,7 +59,8 @@ class EmbeddingLayer(nn.Module):
         """
         super().__init__()
         source = spec.param_factory(0)
-        self.multiplier, self.output_multiplier = spec.multipliers.embedding, spec.multipliers.output
+        self.scales, self.multiplier = spec.scales, spec.multipliers.embedding
+        self.output_multiplier = spec.multipliers.output * spec.scales.logits
         self.reset_positions = spec.reset_positions
         self.dropout = blocks.hidden_dropout
         self.axis, self.shards = source.axis, SequenceShards.of(spec.topology)
@@ -70,6 +72,7 @@ class EmbeddingLayer(nn.Module):
             init_fn=PaddedInit(blocks.init_fn, spec.vocab_size or spec.padded_vocab_size),
             kernel=spec.kernels.linear,
             softmax=spec.kernels.cross_entropy,
+            bound=spec.scales.logit_bound,
         )
         if spec.dims.tied:
             mark_tied(self.word_embeddings.weight)
@@ -97,11 +100,12 @@ class EmbeddingLayer(nn.Module):
         each token.
         """
         tokens, types = tokens if tokens.dim() == 3 else (tokens, None)
-        hidden = self.word_embeddings(tokens.t())  # [s, b, h]
+        hidden = scaled(self.word_embeddings(tokens.t()), self.scales.words)  # [s, b, h]
         length, first = hidden.shape[0], self._first(tokens.shape[1], cache)
         at = self._positions(tokens.shape[1], length, hidden.device) if cache is None else None
         if self.soft_prompt is not None:
             hidden = self.soft_prompt(hidden, first, at)
+        hidden = scaled(hidden, self.scales.embedding)
         if self.position_embeddings is not None:
             in_document = document_positions(document_starts) if self.reset_positions else None
             if in_document is not None:

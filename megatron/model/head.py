@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from megatron.distributed.param_attrs import mark_embedding_like
 from megatron.distributed.param_init import PaddedInit
 from megatron.distributed.tensor_parallel.linear import ColumnParallelLinear
-from megatron.distributed.tensor_parallel.linear_cross_entropy import TokenTargets, linear_cross_entropy
+from megatron.distributed.tensor_parallel.linear_cross_entropy import TokenTargets, bounded, linear_cross_entropy
 from megatron.distributed.tensor_parallel.sequence_parallel import gather_or_copy_to_tp
 from megatron.kernels.cross_entropy import SoftmaxPass, softmax_pass
 from megatron.model.block_spec import BlockSpec
@@ -47,13 +47,14 @@ class OutputLinear(ColumnParallelLinear):
     """The output layer's matrix. Both uses go through forward, so that ZeRO 3 gathers the weight before either."""
 
     softmax: SoftmaxPass = staticmethod(softmax_pass)
+    bound: float | None = None
 
     def forward(self, x: Tensor, targets: TokenTargets | None = None) -> Tensor:  # type: ignore[override]  # no region
         """[s, b, h] -> logits [s, b, v/t], or the loss of the targets, an fp32 scalar."""
         if targets is None:
-            return super().forward(x)
+            return bounded(super().forward(x), self.bound)
         hidden = gather_or_copy_to_tp(x, self.axis)
-        return linear_cross_entropy(hidden, self.weight, targets, self.axis, self.kernel, self.softmax)
+        return linear_cross_entropy(hidden, self.weight, targets, self.axis, self.kernel, self.softmax, self.bound)
 
 
 class Head(nn.Module):
@@ -61,7 +62,7 @@ class Head(nn.Module):
 
     def __init__(self, spec: ModelSpec, blocks: BlockSpec) -> None:
         super().__init__()
-        self.multiplier = spec.multipliers.output
+        self.multiplier = spec.multipliers.output * spec.scales.logits
         self.final_linear = OutputLinear(
             spec.dims.hidden_size,
             spec.padded_vocab_size,
@@ -71,6 +72,7 @@ class Head(nn.Module):
             kernel=spec.kernels.linear,
         )
         self.final_linear.softmax = spec.kernels.cross_entropy
+        self.final_linear.bound = spec.scales.logit_bound
         mark_embedding_like(self.final_linear.weight)
 
     @property

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 from torch import nn
@@ -31,6 +32,8 @@ from megatron.distributed.partial_grads import mark_partial_grad
 from megatron.distributed.rng_tracker import TensorParallelRNG
 from megatron.distributed.tensor_parallel.lora import LoraSpec
 from megatron.kernels.attention_patterns import BlockPattern, MaskPattern, Window
+from megatron.kernels.rotary import RotaryPair
+from megatron.layer_types import options_of_blocks
 from megatron.model.block import Block, TransformerBlock
 from megatron.model.block_spec import BlockSpec
 from megatron.model.embedding import EmbeddingLayer
@@ -40,8 +43,20 @@ from megatron.model.model_spec import ModelSpec
 from megatron.model.moe.layer import MoEConfig
 from megatron.model.moe.losses import RouterLossTracker
 from megatron.model.moe.router import RouterOptions
-from megatron.param_table import FIRST_BLOCK
-from megatron.registry import ACTIVATIONS, ATTENTION, INITS, MLPS, NORMS, POSITIONS, ROUTERS, STANDALONE_BLOCK
+from megatron.model.norms.across_heads import AcrossHeadsNorm
+from megatron.model.positions.base import AttentionPositions
+from megatron.param_table import FIRST_BLOCK, ModelDims
+from megatron.registry import (
+    ACTIVATIONS,
+    ATTENTION,
+    INITS,
+    MLPS,
+    NORMS,
+    ONE_PLUS,
+    POSITIONS,
+    ROUTERS,
+    STANDALONE_BLOCK,
+)
 
 
 @dataclass(frozen=True)
@@ -104,9 +119,6 @@ def _block_spec(spec: ModelSpec) -> BlockSpec:
     axis, positions = topology.model, POSITIONS.load(model.pos_emb)
     kernels, entry = spec.kernels, NORMS.entry(model.norm)
     norm_kernel = None if entry.kernel is None else getattr(kernels, entry.kernel)
-    head_norm = partial(
-        _norm, partial(norm, dims.head_dim, epsilon, dims.norm_bias), axis, norm_kernel, partial_sum=axis.size > 1
-    )
     return BlockSpec(
         dims=dims,
         norm=partial(
@@ -117,7 +129,7 @@ def _block_spec(spec: ModelSpec) -> BlockSpec:
             partial_sum=axis.sequence_parallel,
         ),
         norm_of=lambda width: norm(width, epsilon, dims.norm_bias),
-        positions=positions.for_attention(model, dims.head_dim, kernels.rotary),
+        positions=_positions(model, dims.head_dim, kernels.rotary),
         activation=kernels.activation(model.activation, ACTIVATIONS.load(model.activation)),
         attention=tuple(ATTENTION.load(kind) for kind in dims.kinds),
         mlp=tuple(MLPS.load("moe" if dims.has_experts(block) else "dense") for block in range(dims.num_layers)),
@@ -125,7 +137,7 @@ def _block_spec(spec: ModelSpec) -> BlockSpec:
         relative_positions=positions.for_scores(
             model, spec.param_factory(FIRST_BLOCK).of("attention.rpe"), spec.multipliers
         ),
-        head_norm=head_norm if dims.qk_norm else None,
+        head_norm=_head_norm(dims, epsilon, axis, norm_kernel) if dims.qk_norm else None,
         init_fn=INITS.load(initialization.init_method)(**numbers),
         output_init_fn=INITS.load(initialization.output_layer_init_method)(**numbers),
         kernels=kernels,
@@ -142,6 +154,7 @@ def _block_spec(spec: ModelSpec) -> BlockSpec:
         if spec.moe and dims.mixture.experts > 1
         else None,
         multipliers=spec.multipliers,
+        scales=spec.scales,
         lora_specs=_lora_specs(dims.low_rank, spec.rng),
     )
 
@@ -188,16 +201,47 @@ def _block(kind: str) -> type[Block]:
 
 def _patterns(model: ModelSection, kinds: Sequence[str]) -> tuple[Callable[[range], MaskPattern | None], ...]:
     """Returns the mask pattern of each block of the model, by heads."""
-    window = None if model.sliding_window_width is None else Window(model.sliding_window_width)
+    options = options_of_blocks(model)
     made: dict[tuple[BlockLayout, range], BlockPattern] = {}  # blocks with one layout share its tables
 
     def of(number: int, kind: str) -> Callable[[range], MaskPattern | None]:
         layout = layout_of(kind, model.sparsity_config, number)
         if layout is None:
+            width = options[number].sliding_window_width
+            window = None if width is None else Window(width)
             return lambda heads: window
         return lambda heads: made.setdefault((layout, heads), BlockPattern(layout, heads))
 
     return tuple(of(number, kind) for number, kind in enumerate(kinds))
+
+
+def _positions(model: ModelSection, head_dim: int, kernel: RotaryPair) -> tuple[AttentionPositions | None, ...]:
+    """Returns what applies positions to queries and keys in each block; blocks with equal options share it."""
+    scheme = POSITIONS.load(model.pos_emb)
+    assert model.num_layers
+    if not model.layer_types:
+        return (scheme.for_attention(model, head_dim, kernel),) * model.num_layers
+    made: list[tuple[tuple[Any, ...], AttentionPositions | None]] = []
+    found = []
+    for options in options_of_blocks(model):
+        values = (options.rotary, options.rotary_emb_base, options.rope_scaling)
+        known = [positions for same, positions in made if same == values]
+        if not known:
+            own = {"rotary_emb_base": options.rotary_emb_base, "rope_scaling": options.rope_scaling}
+            section = SimpleNamespace(**{**vars(model), **own})
+            known = [scheme.for_attention(section, head_dim, kernel) if options.rotary else None]
+            made.append((values, known[0]))
+        found.append(known[0])
+    return tuple(found)
+
+
+def _head_norm(dims: ModelDims, epsilon: float, axis: Axis, kernel: Any) -> Callable[[int], nn.Module]:
+    """Returns what builds a norm of queries or keys, by the heads of all ranks: of each head, or of all together."""
+    if dims.qk_norm_across:
+        one_plus = NORMS.entry(dims.norm).traits >= ONE_PLUS
+        return lambda heads: AcrossHeadsNorm(heads, dims.head_dim, epsilon, axis=axis, one_plus=one_plus)
+    of_one = partial(NORMS.load(dims.norm), dims.head_dim, epsilon, dims.norm_bias)
+    return lambda heads: _norm(of_one, axis, kernel, partial_sum=axis.size > 1)
 
 
 def _norm(make: Callable[[], nn.Module], axis: Axis, kernel: Any, *, partial_sum: bool) -> nn.Module:

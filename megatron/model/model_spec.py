@@ -23,6 +23,7 @@ from megatron.kernels.weight_gradients import WeightGradients
 from megatron.model.init import rescaling
 from megatron.model.loss_parts import LossParts
 from megatron.model.moe.losses import RouterLossTracker
+from megatron.model.scales import Scales
 from megatron.param_table import ModelDims, Multipliers, MupWidths, base_widths, width_ratios
 from megatron.registry import WITHOUT_ATTENTION
 from megatron.registry.attention_facts import AttentionFacts
@@ -102,6 +103,11 @@ class ModelSpec:
     def multipliers(self) -> Multipliers:
         """Factors of muP; all 1 without it."""
         return Multipliers.of(self.mup, self.dims)
+
+    @cached_property
+    def scales(self) -> Scales:
+        """Factors and bounds of activations beside muP's; none by default."""
+        return Scales.of(self.model, self.dims, self.dtype)
 
     @property
     def initial_width(self) -> int:

@@ -20,16 +20,21 @@ def attention_block(dims: ModelDims, block: int) -> list[TensorShape]:
     layer = block + 2
     query, kv = dims.query_size, dims.kv_size
     sections = (query, kv, kv) if dims.grouped else ()
-    table = norm(dims, layer, "input_layernorm")
-    table += column(layer, "attention.query_key_value", query + 2 * kv, dims.hidden_size, dims.attention_bias, sections)
+    table = norm(dims, layer, "input_layernorm") if dims.norms_before else []
+    table += column(layer, "attention.query_key_value", query + 2 * kv, dims.hidden_size, dims.has_qkv_bias, sections)
     if dims.qk_norm:
-        table += norm(dims, layer, "attention.q_layernorm", dims.head_dim)
-        table += norm(dims, layer, "attention.k_layernorm", dims.head_dim)
+        widths, cut = ((query, kv), 0) if dims.qk_norm_across else ((dims.head_dim, dims.head_dim), None)
+        table += norm(dims, layer, "attention.q_layernorm", widths[0], cut)
+        table += norm(dims, layer, "attention.k_layernorm", widths[1], cut)
     if layer == FIRST_BLOCK:
         table += positions(dims, layer, SHARED, POSITIONS.entry(dims.pos_emb).scores)
     table += row(layer, "attention.dense", dims.hidden_size, query, dims.attention_bias)
-    if not dims.shared_norm:
+    if dims.norms_after:
+        table += norm(dims, layer, "attention_output_layernorm")
+    if dims.norms_before and not dims.shared_norm:
         table += norm(dims, layer, "post_attention_layernorm")
+    if dims.norms_after:
+        table += norm(dims, layer, "mlp_output_layernorm")
     if dims.has_experts(block):
         return table + experts(dims, layer) + shared_experts(dims, layer)
     return table + mlp(dims, layer, "mlp", dims.mlp_width, dims.mlp_bias)

@@ -137,7 +137,9 @@ class ModelDims:
     norm_bias: bool = True
     """Whether norms have their optional bias."""
     attention_bias: bool = True
-    """Whether attention projections have biases."""
+    """Whether the attention's output projection has a bias."""
+    qkv_bias: bool | None = None
+    """Whether the projections of queries, keys and values have biases; None for as the output projection."""
     mlp_bias: bool = True
     """Whether MLP projections have biases."""
     pos_emb: str = "learned"
@@ -150,8 +152,12 @@ class ModelDims:
     """Whether the output layer shares the word embedding's weight."""
     gpt_j_residual: bool = False
     """Whether attention and MLP are parallel."""
+    norm_placement: str = "pre"
+    """Where a block has norms: "pre", "output" or "sandwich"."""
     qk_norm: bool = False
     """Whether queries and keys of each head have a norm each."""
+    qk_norm_across: bool = False
+    """With qk_norm: whether one norm has the features of all heads."""
     rpe_buckets: int = 0
     """Rows of the table of relative positions that all blocks share."""
     gpt_j_tied: bool = False
@@ -209,7 +215,10 @@ class ModelDims:
             max_position_embeddings=model.max_position_embeddings,
             position_offset=getattr(model, "opt_pos_emb_offset", 0),
             tied=not model.no_weight_tying,
+            qkv_bias=getattr(model, "add_qkv_bias", None),
+            norm_placement=getattr(model, "norm_placement", "pre"),
             qk_norm=model.use_qk_layernorm,
+            qk_norm_across=getattr(model, "qk_layernorm_across_heads", False),
             rpe_buckets=model.rpe_num_buckets if "rpe_num_buckets" in POSITIONS.entry(model.pos_emb).settings else 0,
             gpt_j_residual=model.gpt_j_residual,
             gpt_j_tied=model.gpt_j_tied,
@@ -272,6 +281,21 @@ class ModelDims:
     def grouped(self) -> bool:
         """Whether several query heads share a key/value head, which changes the row order of the QKV weight."""
         return self.num_kv_heads != self.num_attention_heads
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        """Whether the projections of queries, keys and values have biases."""
+        return self.attention_bias if self.qkv_bias is None else self.qkv_bias
+
+    @property
+    def norms_before(self) -> bool:
+        """Whether attention and MLP read the output of a norm."""
+        return self.norm_placement != "output"
+
+    @property
+    def norms_after(self) -> bool:
+        """Whether a norm changes what attention and MLP add to the residual."""
+        return self.norm_placement != "pre"
 
     @property
     def shared_norm(self) -> bool:

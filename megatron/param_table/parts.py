@@ -20,7 +20,9 @@ def key_in_table(layer: int, name: str) -> str:
     return f"{FIRST_BLOCK if name.startswith(SHARED) else layer}.{name}"
 
 
-def norm(dims: ModelDims, layer: int, name: str, size: int | None = None) -> list[TensorShape]:
+def norm(
+    dims: ModelDims, layer: int, name: str, size: int | None = None, shard_dim: int | None = None
+) -> list[TensorShape]:
     """Returns the tensors of a norm.
 
     Args:
@@ -28,12 +30,13 @@ def norm(dims: ModelDims, layer: int, name: str, size: int | None = None) -> lis
         layer: layer index.
         name: of the norm in its layer.
         size: features; the hidden size by default.
+        shard_dim: 0 where tensor parallelism shards the features.
     """
     size = size or dims.hidden_size
     entry = NORMS.entry(dims.norm)
     parts = {part: size for part in entry.tensors if dims.norm_bias or part not in entry.optional}
     parts |= dict.fromkeys(entry.scalars, 1)
-    return [TensorShape(layer, f"{name}.{part}", (length,), None, "norm") for part, length in parts.items()]
+    return [TensorShape(layer, f"{name}.{part}", (length,), shard_dim, "norm") for part, length in parts.items()]
 
 
 def positions(dims: ModelDims, layer: int, prefix: str, specs: Iterable[TensorSpec]) -> list[TensorShape]:

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from megatron.output_blocks import rows_of_a_block
 from megatron.param_table import ModelDims
 from megatron.plan.mixers import mixer_activations
-from megatron.registry import ATTENTION, FULL_ATTENTION, POSITIONS, WITHOUT_ATTENTION
+from megatron.registry import ATTENTION, FULL_ATTENTION, NORMS, ONE_PLUS, POSITIONS, WITHOUT_ATTENTION
 
 FP32 = 4
 
@@ -154,6 +154,10 @@ class ActivationLayout:
     """Whether Mamba's scan is fused."""
     loss_in_blocks: bool = True
     """Whether the output layer and the loss are computed in blocks of tokens."""
+    bounded_scores: bool = False
+    """Whether scores have a bound that no kernel of the device computes without saving them."""
+    bounded_logits: bool = False
+    """Whether logits have a bound."""
     kinds_with_scores: frozenset[str] = frozenset()
     """Kinds of blocks whose attention saves its probabilities."""
 
@@ -173,7 +177,8 @@ def block_activations(dims: ModelDims, layout: ActivationLayout, block: int = 0)
     if dims.kind(block) in WITHOUT_ATTENTION:
         return _mixer(dims, layout, dims.kind(block))
     norms = 1 if dims.shared_norm else 2
-    inputs = 1 if dims.gpt_j_residual else 2  # norms of a parallel residual read the same tensor
+    norms *= 2 if dims.norms_before and dims.norms_after else 1
+    inputs = 1 if dims.gpt_j_residual else norms  # norms of a parallel residual read the same tensor
     between = _between(dims, block) * dims.hidden_size  # outputs of the norms, inputs of the linear layers
     saved = layout.residual_tokens * between * layout.width + _updates(dims, layout, block)
     saved += (
@@ -259,7 +264,8 @@ def _norm_inputs(dims: ModelDims, layout: ActivationLayout, norms: int, inputs: 
     """Returns the saved bytes of the norms, without their outputs."""
     values = layout.residual_tokens * dims.hidden_size
     statistics = norms * layout.residual_tokens * 2 * FP32
-    return inputs * values * layout.width + statistics
+    width = FP32 if NORMS.entry(dims.norm).traits >= ONE_PLUS else layout.width  # these read an fp32 copy
+    return inputs * values * width + statistics
 
 
 def _key_width(dims: ModelDims, tensor_ranks: int) -> int:
@@ -273,6 +279,8 @@ def _head_norms(dims: ModelDims, layout: ActivationLayout) -> int:
         return 0
     tp = layout.model_parallel_size
     values = layout.tokens * (dims.query_size // tp + _key_width(dims, tp))
+    if dims.qk_norm_across:  # the inputs and the normalised values, in fp32
+        return 2 * values * FP32
     heads = layout.tokens * (dims.num_attention_heads // tp + _key_width(dims, tp) // dims.head_dim)
     return values * layout.width + heads * 2 * FP32
 
@@ -292,6 +300,9 @@ def _core(dims: ModelDims, layout: ActivationLayout, block: int) -> int:
     rotary = "attention" in POSITIONS.entry(dims.pos_emb).enters
     if layout.selective:
         return tokens * (2 * query + 2 * kv + (0 if rotary and layout.cpu else query + 2 * kv)) * width
+    if layout.bounded_scores:  # tanh of the scores and probabilities in fp32, keys and values of every query head
+        copies = 0 if width == FP32 else width
+        return tokens * 5 * query * width + squares * (2 * FP32 + copies)
     if layout.attention_dropout:  # scores, probabilities and masks are separate tensors
         return tokens * (4 * query + 4 * kv) * width + squares * (3 * FP32 if layout.cpu else 2 * width + 1)
     if dims.kind(block) in layout.kinds_with_scores:
@@ -328,13 +339,15 @@ def head_activations(dims: ModelDims, layout: ActivationLayout, padded_vocab_siz
     norm = _norm_inputs(dims, layout, norms=1, inputs=1)
     output = layout.residual_tokens * dims.hidden_size * layout.width
     if not layout.loss_in_blocks:
-        return (output if dims.trains_head else 0) + norm + layout.tokens * vocabulary * layout.width
+        tanh = layout.tokens * vocabulary * FP32 if layout.bounded_logits else 0
+        return (output if dims.trains_head else 0) + norm + layout.tokens * vocabulary * layout.width + tanh
     rows = min(layout.tokens, rows_of_a_block(vocabulary, cpu=layout.cpu))
     hidden = layout.tokens * dims.hidden_size * layout.width
     gathered = hidden if layout.residual_tokens < layout.tokens else 0
     width = FP32 if rows < layout.tokens else layout.width
     matrix = vocabulary * dims.hidden_size * width if dims.trains_head else 0
-    return output + gathered + norm + hidden + matrix + rows * vocabulary * layout.width
+    logits = rows * vocabulary * layout.width * (2 if layout.bounded_logits else 1)  # with the slopes of the bound
+    return output + gathered + norm + hidden + matrix + logits
 
 
 def stage_activations(

@@ -183,11 +183,14 @@ def visible_shares(config: Config, seq_length: int | None = None) -> tuple[float
     length = seq_length or model.seq_length
     assert model.attention_config
     assert length
-    kinds = {
-        str(kind): visible_share(str(kind), model.sparsity_config, 0, model.sliding_window_width, length)
-        for kind in set(model.attention_config)
+    blocks = [
+        (str(kind), options.sliding_window_width)
+        for kind, options in zip(model.attention_config, model.block_options, strict=True)
+    ]
+    shares = {
+        (kind, window): visible_share(kind, model.sparsity_config, 0, window, length) for kind, window in set(blocks)
     }  # random blocks differ between transformer blocks, hardly in their number
-    return tuple(kinds[str(kind)] for kind in model.attention_config)
+    return tuple(shares[block] for block in blocks)
 
 
 def state_layout(config: Config) -> StateLayout:
@@ -245,5 +248,7 @@ def activation_layout(config: Config) -> ActivationLayout:
         and axes.context_parallel_size == 1
         and (config.kernels.mamba_selective_scan_fusion or config.kernels.mamba_inner_func_fusion),
         loss_in_blocks=config.kernels.fused_linear_cross_entropy,
+        bounded_scores=on_cpu and model.attn_logit_softcapping is not None,
+        bounded_logits=model.final_logit_softcapping is not None,
         kinds_with_scores=kinds_with_scores(config, device),
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from megatron.adapter_config import low_rank, soft_prompt
 from megatron.config import Config
 from megatron.param_table import ModelDims, base_widths
@@ -51,7 +53,10 @@ def _model(plan: PlanFigures) -> list[str]:
     if attention:
         shape += f", {heads} x {model.kv_channels}, MLP {model.mlp_width}"
     shape += _experts(plan.config)
-    parts = f"{model.norm}, {model.activation}, {model.pos_emb} positions, {'/'.join(kinds)}{attention}"
+    norms = model.norm if model.norm_placement == "pre" else f"{model.norm} ({model.norm_placement})"
+    parts = f"{norms}, {model.activation}, {model.pos_emb} positions, {'/'.join(kinds)}{attention}"
+    types = Counter(map(str, model.layer_types or ()))
+    parts += f" ({', '.join(f'{count} {name}' for name, count in types.items())})" if types else ""
     count = f"{plan.parameters:,} ({short(plan.parameters)})" if plan.parameters else f"unknown: {plan.unknown}"
     lines = [_line("model", shape), _line("", parts), *_base(plan.config)]
     return [*lines, _line("vocabulary", plan.vocabulary), _line("parameters", count), *_trained(plan)]

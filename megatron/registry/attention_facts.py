@@ -37,7 +37,7 @@ class AttentionFacts:
     capability: Capability | None = None
     """CUDA capability of the GPU; None where it is not known, which rejects nothing but what one generation has."""
     window: bool = False
-    """Whether a sliding window hides keys."""
+    """Whether a sliding window hides keys, in some blocks at least."""
     bias: str = NO_BIAS
     """What positions add to scores: `none`, `linear` (ALiBi) or `table` (any bias by distance)."""
     documents: bool = False
@@ -85,10 +85,11 @@ class AttentionFacts:
             head_size=model.kv_channels or model.hidden_size // model.num_attention_heads,
             length=model.seq_length,
             capability=capability,
-            window=model.sliding_window_width is not None,
+            window=_has_windows(model),
             bias=bias,
             documents=documents,
             causal=getattr(model, "attention_mask", CAUSAL) == CAUSAL,
+            softcap=model.attn_logit_softcapping is not None,
             dropout=model.attention_dropout > 0,
             deterministic=deterministic,
         )
@@ -97,3 +98,10 @@ class AttentionFacts:
         """Returns the facts of blocks of that kind; a sliding window belongs to those without a layout."""
         facts = replace(self, kind=kind)
         return replace(facts, window=facts.window and not facts.layout)
+
+
+def _has_windows(model: Any) -> bool:
+    """Returns whether some type of block, or the model, has a sliding window."""
+    types = (model.layer_type_options or {}).values() if model.layer_types else ()
+    own = [options.get("sliding_window_width") for options in types if options]
+    return any(width is not None for width in (model.sliding_window_width, *own))

@@ -23,8 +23,8 @@ OF_OPTIMIZERS = frozenset({NEWTON_SCHULZ, FUSED_ADAM})
 """Operations of optimizers; all others are a model's."""
 TRITON_ACTIVATIONS = frozenset(
     {
-        *("gelu", "gelu_tanh", "relu", "silu", "swish", "softsign", "mish"),
-        *("swiglu", "geglu", "reglu", "glu", "bilinear"),
+        *("gelu", "gelu_tanh", "relu", "squared_relu", "silu", "swish", "softsign", "mish"),
+        *("swiglu", "geglu", "geglu_tanh", "reglu", "glu", "bilinear"),
     }
 )
 FLASH_ACTIVATIONS = frozenset({"swiglu"})

@@ -5,6 +5,9 @@ from __future__ import annotations
 from megatron.registry.entry import ActivationEntry, Entry, NormEntry, PositionEntry, TensorSpec
 from megatron.registry.registry import Registry
 
+ONE_PLUS = frozenset({"one plus"})
+"""Trait of a norm whose factor is 1 + its weight, which begins at 0."""
+
 NORMS = Registry(
     "norm",
     "norm",
@@ -26,6 +29,24 @@ NORMS = Registry(
             epsilon="rms_norm_epsilon",
             in_transformer_engine=True,
             kernel="rms_norm",
+        ),
+        NormEntry(
+            "rmsnorm_1p",
+            "megatron.model.norms.one_plus:RMSNorm1P",
+            "rmsnorm with the factor 1 + weight, as Gemma has it",
+            tensors=("scale",),
+            epsilon="rms_norm_epsilon",
+            kernel="rms_norm",
+            traits=ONE_PLUS,
+        ),
+        NormEntry(
+            "layernorm_1p",
+            "megatron.model.norms.one_plus:LayerNorm1P",
+            "layernorm with the factor 1 + weight, as Nemotron has it",
+            tensors=("weight", "bias"),
+            optional=("bias",),
+            kernel="layer_norm",
+            traits=ONE_PLUS,
         ),
         NormEntry(
             "non_parametric_layernorm",
@@ -141,12 +162,24 @@ ACTIVATIONS = Registry(
             "Another name of silu, arXiv:1710.05941",
             in_transformer_engine="silu",
         ),
+        ActivationEntry(
+            "squared_relu",
+            "megatron.model.mlp.activations:squared_relu",
+            "The square of relu, arXiv:2109.08668",
+            in_transformer_engine="srelu",
+        ),
         ActivationEntry("softsign", "megatron.model.mlp.activations:softsign", "x / (1 + |x|)"),
         ActivationEntry("mish", "megatron.model.mlp.activations:mish", "x * tanh(softplus(x)), arXiv:1908.08681"),
         ActivationEntry(
             "swiglu", "megatron.model.mlp.activations:swiglu", "Gated by silu, arXiv:2002.05202", gated=True
         ),
         ActivationEntry("geglu", "megatron.model.mlp.activations:geglu", "Gated by gelu, arXiv:2002.05202", gated=True),
+        ActivationEntry(
+            "geglu_tanh",
+            "megatron.model.mlp.activations:geglu_tanh",
+            "Gated by gelu's tanh formula, as in Gemma",
+            gated=True,
+        ),
         ActivationEntry("reglu", "megatron.model.mlp.activations:reglu", "Gated by relu, arXiv:2002.05202", gated=True),
         ActivationEntry("glu", "megatron.model.mlp.activations:glu", "Gated by sigmoid, arXiv:1612.08083", gated=True),
         ActivationEntry(

@@ -28,6 +28,12 @@ WHERE_IT_MATTERS: dict[str, tuple[Any, dict[str, Any] | None]] = {
     **{key: (True, {"attention_config": ["global", "flash"]}) for key in SOFTMAX_KEYS},
     "sliding_window_width": (8, {"attention_config": ["global", "global"]}),
     "gpt_j_tied": (True, {"gpt_j_residual": True}),
+    "qk_layernorm_across_heads": (True, {"use_qk_layernorm": True, "norm": "rmsnorm"}),
+    "layer_type_options": ({"a": {}}, {"layer_types": ["a", "a"]}),
+    "add_qkv_bias": (False, {"attention_config": ["global", "global"]}),
+    "softmax_scale": (0.1, {"attention_config": ["global", "global"]}),
+    "attn_logit_softcapping": (5.0, {"attention_config": ["global", "global"]}),
+    "layer_types": (["a", "a"], {"layer_type_options": {"a": {}}}),
     "layernorm_epsilon": (1e-4, {"norm": "layernorm"}),
     "rms_norm_epsilon": (1e-4, {"norm": "rmsnorm"}),
     "scalenorm_epsilon": (1e-4, {"norm": "scalenorm"}),
@@ -180,6 +186,11 @@ WHERE_IT_DOES_NOT: dict[str, dict[str, Any]] = {
     "sliding_window_width": {"attention_config": ["local", "local"]},
     **{key: {"attention_config": ["flash", "flash"]} for key in SOFTMAX_KEYS},
     "use_apex_adam": {"optimizer": {"type": "lion", "params": {"lr": 1e-4}}},
+    **{
+        key: {"attention_config": ["mamba", "mamba"]}
+        for key in ("add_qkv_bias", "softmax_scale", "attn_logit_softcapping")
+    },
+    "layer_types": {"attention_config": ["mamba", "mamba"], "layer_type_options": {"a": {}}},
     "layernorm_epsilon": {"norm": "rmsnorm"},
     "init_method_std": {"init_method": "small_init", "output_layer_init_method": "wang_init"},
     "warmup": {"warmup_iters": 3},
@@ -196,7 +207,8 @@ EVERY_RUN = frozenset(
     rmsnorm_fusion use_flashattn_swiglu
     num_layers hidden_size num_attention_heads num_kv_heads kv_channels seq_length max_position_embeddings
     attention_mask lm_head bert_binary_head num_token_types
-    intermediate_size expansion_factor mlp_multiple_of activation norm use_qk_layernorm use_bias_in_norms
+    intermediate_size expansion_factor mlp_multiple_of activation norm norm_placement use_qk_layernorm
+    use_bias_in_norms final_logit_softcapping scale_embeddings embedding_multiplier residual_multiplier logit_scale
     use_bias_in_attn_linear use_bias_in_mlp gpt_j_residual no_weight_tying attention_config hidden_dropout
     attention_dropout pos_emb opt_pos_emb_offset soft_prompt_tuning lora init_method output_layer_init_method
     compile moe_num_experts pipe_parallel_size model_parallel_size context_parallel_size checkpoint_activations

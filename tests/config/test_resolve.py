@@ -51,7 +51,7 @@ def test_every_issue_is_reported_at_once(tmp_path: Path) -> None:
         f"{path}:1: num_layers = 'two': this is text; give a whole number or null",
         f"{path}:2: hiden_size: there is no such key; did you mean hidden_size?",
         f"{path}:3: norm = 'rmsnrm': there is no such choice; did you mean rmsnorm? The choices are layernorm, "
-        "rmsnorm, non_parametric_layernorm, scalenorm, te_rmsnorm, te_layernorm",
+        "rmsnorm, rmsnorm_1p, layernorm_1p, non_parametric_layernorm, scalenorm, te_rmsnorm, te_layernorm",
         f"{path}:4: finetune = 1: this is a whole number; give true or false",
         f"{path}:5: lr = True: this is true or false; give a number or null",
         "command line: eval_tasks = [1]: item 1 is a whole number; give a list of texts or null",

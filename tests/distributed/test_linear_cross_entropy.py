@@ -33,10 +33,13 @@ def case(dtype: torch.dtype, z_loss: float = 0.0) -> tuple[Tensor, Tensor, Token
     return hidden, weight, TokenTargets(labels, weights, VOCABULARY, z_loss)
 
 
-def expected(hidden: Tensor, weight: Tensor, targets: TokenTargets, factor: float = 1.0) -> tuple[Tensor, ...]:
+def expected(
+    hidden: Tensor, weight: Tensor, targets: TokenTargets, factor: float = 1.0, bound: float | None = None
+) -> tuple[Tensor, ...]:
     """The loss and its gradients in float64, from all logits at once."""
     hidden, weight = (each.detach().double().requires_grad_() for each in (hidden, weight))
     logits = (hidden @ weight.t())[..., : targets.vocabulary]
+    logits = logits if bound is None else bound * torch.tanh(logits / bound)
     log_sums = logits.logsumexp(-1)
     losses = log_sums - logits.gather(-1, targets.labels.unsqueeze(-1)).squeeze(-1)
     total = (targets.weights.double() * (losses + targets.z_loss * log_sums**2)).sum()
@@ -55,7 +58,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("z_loss", [0.0, 0.01])
+@pytest.mark.parametrize(("z_loss", "bound"), [(0.0, None), (0.01, None), (0.0, 3.0)])
 @pytest.mark.parametrize(
     ("dtype", "kernel"),
     [
@@ -66,19 +69,22 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         (torch.bfloat16, widened_linear),
     ],
 )
-def test_loss_and_gradients_are_those_of_float64(dtype: torch.dtype, kernel: LinearKernel, z_loss: float) -> None:
+def test_loss_and_gradients_are_those_of_float64(
+    dtype: torch.dtype, kernel: LinearKernel, z_loss: float, bound: float | None
+) -> None:
     hidden, weight, targets = case(dtype, z_loss)
     hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
-    loss = linear_cross_entropy(hidden, weight, targets, Axis("model"), kernel)
+    loss = linear_cross_entropy(hidden, weight, targets, Axis("model"), kernel, bound=bound)
     (0.3 * loss).backward()
-    right = expected(hidden, weight, targets, 0.3)
+    right = expected(hidden, weight, targets, 0.3, bound)
     assert hidden.grad is not None
     assert weight.grad is not None
     for found, value in zip((loss, hidden.grad, weight.grad), right, strict=True):
         assert difference(found, value) < TOLERANCE[dtype]
     assert weight.grad.dtype == dtype
     with torch.no_grad():
-        assert torch.allclose(linear_cross_entropy(hidden, weight, targets, Axis("model"), kernel), loss)
+        again = linear_cross_entropy(hidden, weight, targets, Axis("model"), kernel, bound=bound)
+        assert torch.allclose(again, loss)
 
 
 @pytest.mark.usefixtures("small_blocks")

@@ -56,6 +56,18 @@ def model_section(**changes: object) -> Any:
         "num_token_types": 0,
         "lora": None,
         "soft_prompt_tuning": None,
+        "add_qkv_bias": None,
+        "norm_placement": "pre",
+        "qk_layernorm_across_heads": False,
+        "layer_types": None,
+        "layer_type_options": None,
+        "softmax_scale": None,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+        "scale_embeddings": False,
+        "embedding_multiplier": 1.0,
+        "residual_multiplier": 1.0,
+        "logit_scale": 1.0,
     }
     unknown = changes.keys() - values.keys() - {"attention_config"}
     assert not unknown, unknown

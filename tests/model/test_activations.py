@@ -21,12 +21,14 @@ PLAIN = {
     "relu": lambda x: x.clamp(min=0),
     "silu": lambda x: x / (1 + torch.exp(-x)),
     "swish": lambda x: x / (1 + torch.exp(-x)),
+    "squared_relu": lambda x: x.clamp(min=0) ** 2,
     "softsign": lambda x: x / (1 + x.abs()),
     "mish": lambda x: x * torch.tanh(torch.log1p(torch.exp(x))),
 }
 GATED = {
     "swiglu": PLAIN["silu"],
     "geglu": PLAIN["gelu"],
+    "geglu_tanh": PLAIN["gelu_tanh"],
     "reglu": PLAIN["relu"],
     "glu": lambda x: 1 / (1 + torch.exp(-x)),
     "bilinear": lambda x: x,

@@ -94,6 +94,26 @@ WAYS: dict[str, tuple[int, dict[str, Any]]] = {
         2,
         {**BOTH, "pipe_parallel_size": 2, "gradient_accumulation_steps": 4},
     ),
+    "norms on both sides, bounds": (
+        1,
+        {
+            **LLAMA,
+            "norm": "rmsnorm_1p",
+            "norm_placement": "sandwich",
+            "attn_logit_softcapping": 20.0,
+            "final_logit_softcapping": 20.0,
+        },
+    ),
+    "norms across heads, of outputs": (
+        2,
+        {
+            **LLAMA,
+            "norm_placement": "output",
+            "use_qk_layernorm": True,
+            "qk_layernorm_across_heads": True,
+            "model_parallel_size": 2,
+        },
+    ),
     "prompt": (1, {"soft_prompt_tuning": {"num_tokens": 8}}),
 }
 RECOMPUTED = ("one rank, fp32", "data 2, ZeRO 3")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron.checkpoint.huggingface.family import ModelFamily
+from megatron.checkpoint.huggingface.family import ModelFamily, lacking_parts
 from megatron.checkpoint.huggingface.gpt2 import GPT2
 from megatron.checkpoint.huggingface.gpt_neox import GPT_NEOX
 from megatron.checkpoint.huggingface.llama import LLAMA, MISTRAL, MIXTRAL, QWEN3
@@ -54,7 +54,7 @@ def family_for(model: ModelSection, moe: MoeSection, mixers: MixersSection, name
 
 def _misfits(family: ModelFamily, model: ModelSection, moe: MoeSection, mixers: MixersSection) -> list[ConfigIssue]:
     """What of a model a family cannot say."""
-    errors = family.misfits(model)
+    errors = family.misfits(model) + lacking_parts(model, family.parts, family.name)
     if family.encoder != (model.attention_mask == BIDIRECTIONAL):
         what = f"a model of the family {family.name} is {BIDIRECTIONAL if family.encoder else CAUSAL}"
         errors.append(ConfigIssue(what, key="attention_mask", value=model.attention_mask))

@@ -20,6 +20,21 @@ from megatron.errors import ConfigError, ConfigIssue
 from megatron.param_table import ModelDims
 
 Settings = dict[str, Any]
+PARTS: Mapping[str, object] = {
+    "norm_placement": "pre",
+    "qk_layernorm_across_heads": False,
+    "softmax_scale": None,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "scale_embeddings": False,
+    "embedding_multiplier": 1.0,
+    "residual_multiplier": 1.0,
+    "logit_scale": 1.0,
+    "layer_types": None,
+}
+"""Keys of parts that few families have -> the value of all others."""
+QKV_BIAS = "add_qkv_bias"
+"""A further such key, whose value elsewhere is that of use_bias_in_attn_linear."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +97,8 @@ class ModelFamily:
     """All tensors."""
     spare: tuple[str, ...] = ()
     """Endings of their names that hold no weights (masks, tables of frequencies) and are left out."""
+    parts: frozenset[str] = frozenset()
+    """Of the keys above, those that its configuration can say; `misfits` compares their values."""
     prefix: str = ""
     """What their names begin with in a model with a head, which files of the bare model lack."""
     experts: ExpertsMapping | None = None
@@ -155,6 +172,21 @@ def unlike(
         for key, value in expected.items()
         if getattr(section, key) != value
     ]
+
+
+def lacking_parts(model: ModelSection, known: frozenset[str], family: str) -> list[ConfigIssue]:
+    """An error for every part that the model has and the family has not.
+
+    Args:
+        model: The model section.
+        known: Keys of the parts that the family can say.
+        family: Its name, for messages.
+    """
+    errors = unlike(model, {key: value for key, value in PARTS.items() if key not in known}, family)
+    if QKV_BIAS not in known and model.add_qkv_bias not in (None, model.use_bias_in_attn_linear):
+        what = f"a {family} model has biases in all projections of attention, or in none"
+        errors.append(ConfigIssue(what, key=QKV_BIAS, value=model.add_qkv_bias))
+    return errors
 
 
 def choose(known: Mapping[str, str], theirs: Mapping[str, Any], key: str) -> str:

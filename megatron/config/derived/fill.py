@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron.config.cluster import Resources
 from megatron.config.derived.adapters import derive_lora, derive_soft_prompt
-from megatron.config.derived.attention import expand_attention
+from megatron.config.derived.attention import TYPES, expand_attention
 from megatron.config.derived.batch import (
     ACCUMULATION_STEPS,
     MICRO,
@@ -219,6 +219,11 @@ def _encoder(draft: ConfigDraft) -> None:
         draft.derive(name, value)
 
 
+def _layer_types(draft: ConfigDraft) -> None:
+    if draft[TYPES] is not None:
+        draft.derive(TYPES, expand_attention(draft[TYPES], draft["num_layers"], TYPES))
+
+
 def _adapters(draft: ConfigDraft) -> None:
     for name, derive in (("lora", derive_lora), ("soft_prompt_tuning", derive_soft_prompt)):
         requested = draft[name] if draft.knows(name) else None
@@ -384,6 +389,7 @@ DERIVATIONS: tuple[tuple[Callable[[ConfigDraft], None], frozenset[str]], ...] = 
     (_head_width, _fills("kv_channels")),
     (_attention, _fills("attention_config")),
     (_encoder, _fills(*ENCODER_KEYS)),
+    (_layer_types, _fills(TYPES)),
     (_adapters, _fills()),
     (_precision, _fills("precision", "fp16", "bf16", "data_types")),
     (_loss_scale, _fills("dynamic_loss_scale")),

@@ -8,6 +8,7 @@ from megatron.adapter_config import prompt_length
 from megatron.config.derived.mlp_width import mlp_width
 from megatron.config.field import Section, key
 from megatron.config.types import Items, Table
+from megatron.layer_types import LayerOptions, options_of_blocks
 from megatron.registry import (
     ACTIVATIONS,
     ATTENTION,
@@ -53,9 +54,21 @@ class ModelSection(Section):
     layernorm_epsilon: float = key(1.0e-5, "Added to the variance by layernorm.")
     rms_norm_epsilon: float = key(1.0e-8, "Added to the mean square by rmsnorm.")
     scalenorm_epsilon: float = key(1.0e-8, "Smallest norm that scalenorm divides by.")
+    norm_placement: str = key(
+        "pre",
+        "Where a block has its norms: pre, before attention and MLP; output, on what these give, before it is added to "
+        "the residual (OLMo 2); sandwich, both (Gemma 2).",
+        choices=("pre", "output", "sandwich"),
+    )
     use_qk_layernorm: bool = key(False, "Normalise queries and keys of each head before their product.")
+    qk_layernorm_across_heads: bool = key(
+        False, "With use_qk_layernorm: one norm over the features of all heads together, as OLMo 2 has it."
+    )
     use_bias_in_norms: bool = key(True, "Give layernorm a bias as well as a weight.")
     use_bias_in_attn_linear: bool = key(True, "Give the attention projections a bias.")
+    add_qkv_bias: bool | None = key(
+        None, "Give the query, key and value projections a bias; as use_bias_in_attn_linear when left out."
+    )
     use_bias_in_mlp: bool = key(True, "Give the MLP projections a bias.")
     gpt_j_residual: bool = key(False, "Run attention and MLP in parallel from the same residual, as GPT-J does.")
     gpt_j_tied: bool = key(False, "With gpt_j_residual: one norm feeds both attention and MLP.")
@@ -76,6 +89,29 @@ class ModelSection(Section):
     sliding_window_width: int | None = key(
         None, "Positions that each token attends to, itself included.", unit="tokens"
     )
+    layer_types: Items | None = key(
+        None,
+        "Type of each block, by names of layer_type_options: a list of [pattern, count] pairs such as "
+        "[[[sliding, sliding, full], 8]], where count may be `all`, or one name a block. Without it blocks are alike.",
+    )
+    layer_type_options: Table | None = key(
+        None,
+        "What the blocks of a type have in place of the model's values, by its name in layer_types: {sliding: "
+        "{sliding_window_width: 512, rotary_emb_base: 10000, rope_scaling: null}, full: {rotary: false}}.",
+    )
+    softmax_scale: float | None = key(
+        None, "Factor of attention scores; 1 / sqrt(width of a head) when left out (Gemma, Granite)."
+    )
+    attn_logit_softcapping: float | None = key(
+        None, "Bound of attention scores: c tanh(score / c), arXiv:2408.00118 section 2."
+    )
+    final_logit_softcapping: float | None = key(None, "Bound of the output layer's logits: c tanh(logit / c).")
+    scale_embeddings: bool = key(
+        False, "Multiply word embeddings by sqrt(hidden_size), rounded to the model's type as Gemma does."
+    )
+    embedding_multiplier: float = key(1.0, "Factor of word embeddings (Granite).")
+    residual_multiplier: float = key(1.0, "Factor of what attention and MLP add to the residual (Granite).")
+    logit_scale: float = key(1.0, "Factor of the output layer's logits, before their bound (Cohere, Granite).")
     hidden_dropout: float = key(0.0, "Dropout on what each block adds to the residual.", unit="probability")
     attention_dropout: float = key(0.0, "Dropout on the attention probabilities.", unit="probability")
     apply_query_key_layer_scaling: bool = key(False, "Divide attention scores of block i by i and undo it in fp32.")
@@ -132,6 +168,11 @@ class ModelSection(Section):
     def in_order(self) -> bool:
         """Whether some block processes the sequence in order, so that shards of it follow each other."""
         return bool({"mamba", "rwkv"} & set(map(str, self.attention_config or ())))
+
+    @property
+    def block_options(self) -> tuple[LayerOptions, ...]:
+        """What the blocks have of what layer_type_options may change, in order; needs the derived values."""
+        return options_of_blocks(self)
 
     @property
     def mlp_width(self) -> int:

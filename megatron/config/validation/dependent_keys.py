@@ -13,7 +13,7 @@ from functools import partial
 from megatron.block_sparsity import SPARSE_KINDS
 from megatron.config.config import Config
 from megatron.config.derived.fill import trains
-from megatron.registry import NORMS, OPTIMIZERS, POSITIONS, SCHEDULES, TOKENIZERS
+from megatron.registry import NORMS, OPTIMIZERS, POSITIONS, SCHEDULES, TOKENIZERS, WITHOUT_ATTENTION
 from megatron.registry.kernels import FUSED_ADAM
 
 
@@ -33,6 +33,12 @@ def _has_kind(config: Config, *kinds: str) -> bool:
     """Returns whether some block is of one of the kinds, or the kinds are not known yet."""
     pattern = set(map(str, config.model.attention_config or ()))
     return not pattern or bool(pattern & set(kinds))
+
+
+def _attends(config: Config) -> bool:
+    """Returns whether some block has attention, or the kinds are not known yet."""
+    pattern = set(map(str, config.model.attention_config or ()))
+    return not pattern or not pattern <= WITHOUT_ATTENTION
 
 
 def _has_epsilon(key: str, config: Config) -> bool:
@@ -103,6 +109,15 @@ DEPENDENT: tuple[DependentKeys, ...] = (
     ),
     DependentKeys(("use_apex_adam",), _has_full_adam, "the optimizer is not adam"),
     DependentKeys(("gpt_j_tied",), lambda config: config.model.gpt_j_residual, "gpt_j_residual is off"),
+    DependentKeys(
+        ("qk_layernorm_across_heads",), lambda config: config.model.use_qk_layernorm, "use_qk_layernorm is off"
+    ),
+    DependentKeys(
+        ("layer_type_options",), lambda config: config.model.layer_types is not None, "layer_types is left out"
+    ),
+    DependentKeys(
+        ("add_qkv_bias", "softmax_scale", "attn_logit_softcapping", "layer_types"), _attends, "no block has attention"
+    ),
     *(
         DependentKeys((epsilon,), partial(_has_epsilon, epsilon), "the norm is another one")
         for epsilon in ("layernorm_epsilon", "rms_norm_epsilon", "scalenorm_epsilon")

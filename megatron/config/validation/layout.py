@@ -224,11 +224,12 @@ def ring_is_supported(config: Config) -> Iterator[ConfigIssue]:
     method = config.parallelism.context_parallel_method
     asked = {"te_mha": engine.te_mha, **{key: getattr(config.kernels, key) for key in SOFTMAX_KEYS}}
     asked["attention_dropout"] = model.attention_dropout > 0 and model.attention_dropout
+    asked["attn_logit_softcapping"] = model.attn_logit_softcapping
+    lacking = {"attention_dropout": "dropout", "attn_logit_softcapping": "bound of scores"}
     for key, value in asked.items():
         if value:
             yield ConfigIssue(
-                f"ring attention (context_parallel_method: {method}) has no such "
-                + ("dropout" if key == "attention_dropout" else "kernel"),
+                f"ring attention (context_parallel_method: {method}) has no such " + lacking.get(key, "kernel"),
                 key=key,
                 value=value,
                 hint="leave it out, or use context_parallel_method: ulysses",

@@ -232,6 +232,7 @@ def _qk_clip_scales_logits(config: Config) -> Iterator[ConfigIssue]:
     reasons = {
         "use_qk_layernorm": (model.use_qk_layernorm, "norms of queries and keys undo what qk_clip_threshold scales"),
         "use_bias_in_attn_linear": (model.use_bias_in_attn_linear, "qk_clip_threshold scales weights, and no biases"),
+        "add_qkv_bias": (model.add_qkv_bias, "qk_clip_threshold scales weights, and no biases"),
         "lora": (model.lora, "qk_clip_threshold scales trained weights, and these are frozen"),
         "context_parallel_size": (
             config.parallelism.context_parallel_size > 1,

@@ -52,7 +52,7 @@ def scaling_is_known(config: Config) -> Iterator[ConfigIssue]:
     scaling: Mapping[str, Any] | None = model.rope_scaling
     if not scaling:
         return
-    message = _scaling_error(scaling)
+    message = scaling_error(scaling)
     if "rope_scaling" not in POSITIONS.entry(model.pos_emb).settings:
         message = f"pos_emb = {model.pos_emb} has no rotary positions to scale"
     elif message is None and scaling["type"] == "dynamic" and int((model.kv_channels or 0) * model.rotary_pct) <= 2:
@@ -61,7 +61,8 @@ def scaling_is_known(config: Config) -> Iterator[ConfigIssue]:
         yield ConfigIssue(message, key="rope_scaling", value=dict(scaling))
 
 
-def _scaling_error(scaling: Mapping[str, Any]) -> str | None:
+def scaling_error(scaling: Mapping[str, Any]) -> str | None:
+    """Returns what is wrong with a scaling, or None."""
     kind = scaling.get("type")
     if kind not in SCALINGS:
         return f"type must be one of {', '.join(SCALINGS)}, not {kind!r}"

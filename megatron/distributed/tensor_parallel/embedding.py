@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from megatron.distributed.collectives import copy_to
 from megatron.distributed.param_attrs import mark_embedding_like
 from megatron.distributed.param_init import InitFn, ParamFactory
-from megatron.distributed.tensor_parallel.linear_cross_entropy import TokenTargets, linear_cross_entropy
+from megatron.distributed.tensor_parallel.linear_cross_entropy import TokenTargets, bounded, linear_cross_entropy
 from megatron.distributed.tensor_parallel.sequence_parallel import (
     gather_or_copy_to_tp,
     gathered_linear,
@@ -31,6 +31,7 @@ class VocabParallelEmbedding(nn.Module):
         init_fn: Initial values.
         kernel: Computes the logits of a tied output layer.
         softmax: Softmax over the vocabulary in the loss of a tied output layer.
+        bound: Bound of the logits of a tied output layer, or None.
     """
 
     def __init__(
@@ -42,10 +43,11 @@ class VocabParallelEmbedding(nn.Module):
         init_fn: InitFn,
         kernel: LinearKernel = plain_linear,
         softmax: SoftmaxPass = softmax_pass,
+        bound: float | None = None,
     ) -> None:
         super().__init__()
         self.axis = source.axis
-        self.kernel, self.softmax = kernel, softmax
+        self.kernel, self.softmax, self.bound = kernel, softmax, bound
         self.weight = source.sharded("weight", (vocab_size, hidden_size), init_fn, dim=0)
         mark_embedding_like(self.weight)
         self.first = self.axis.rank * (vocab_size // self.axis.size)  # [tokens]
@@ -59,11 +61,13 @@ class VocabParallelEmbedding(nn.Module):
         """
         if targets is not None:
             hidden = gather_or_copy_to_tp(x, self.axis)
-            return linear_cross_entropy(hidden, self.weight, targets, self.axis, self.kernel, self.softmax)
+            return linear_cross_entropy(hidden, self.weight, targets, self.axis, self.kernel, self.softmax, self.bound)
         if as_output_layer:
             if self.axis.sequence_parallel:
-                return gathered_linear(x, self.weight, None, self.axis, self.kernel)  # [s, .., v/t]
-            return self.kernel(copy_to(x, self.axis), self.weight, None)  # [..., v/t]
+                logits = gathered_linear(x, self.weight, None, self.axis, self.kernel)  # [s, .., v/t]
+            else:
+                logits = self.kernel(copy_to(x, self.axis), self.weight, None)  # [..., v/t]
+            return bounded(logits, self.bound)
         if self.axis.size == 1:
             return F.embedding(x, self.weight)  # [..., h]
         local = x - self.first

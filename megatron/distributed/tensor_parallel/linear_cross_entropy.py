@@ -80,6 +80,7 @@ def linear_cross_entropy(
     axis: Axis,
     kernel: LinearKernel,
     softmax: SoftmaxPass = softmax_pass,
+    bound: float | None = None,
 ) -> Tensor:
     """sum(weights * (-log p(label) + z_loss * log_sum_exp²)) of the logits hidden weightᵀ: an fp32 scalar.
 
@@ -92,9 +93,10 @@ def linear_cross_entropy(
         axis: Tensor-parallel ranks, which all get the same loss.
         kernel: Matrix product.
         softmax: Softmax over the vocabulary.
+        bound: Bound c of the logits, which are c tanh(logit / c) then (arXiv:2408.00118, section 2); None for none.
     """
     rows = hidden.reshape(-1, hidden.shape[-1])
-    settings = _LossSettings(targets, axis, linear_ops(kernel), softmax, torch.is_grad_enabled())
+    settings = _LossSettings(targets, axis, linear_ops(kernel), softmax, torch.is_grad_enabled(), bound)
     total: Tensor = _LinearCrossEntropy.apply(rows, weight, targets.bias, settings)
     return total if targets.link is None else total + targets.link.anchor
 
@@ -106,6 +108,7 @@ class _LossSettings:
     ops: LinearOps
     softmax: SoftmaxPass
     grad_enabled: bool
+    bound: float | None = None
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -123,7 +126,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for block in blocks:
             logits = ops.product(hidden[block], weight, bias)  # [rows of the block, v/t]
             terms = LossTerms(labels[block], weights[block], settings.axis, targets.vocabulary, targets.z_loss)
+            slope = None if settings.bound is None else _bound_inplace(logits, settings.bound)
             total += loss_of_rows(logits, terms, settings.softmax, overwrite=need_hidden or need_weight or need_bias)
+            if slope is not None:
+                logits.mul_(slope)  # now the gradient of what the product gave
             if grad_hidden is not None:
                 grad_hidden[block] = ops.input_gradient(logits, weight)
             if gradient is not None:
@@ -148,6 +154,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         found, ctx.gradients = ctx.gradients, None
         grad_hidden, grad_weight, grad_bias = (None if each is None else _scaled(each, grads[0]) for each in found)
         return grad_hidden, grad_weight, grad_bias, None
+
+
+def bounded(logits: Tensor, bound: float | None) -> Tensor:
+    """Returns bound * tanh(logits / bound), computed in fp32 at least; the logits themselves without a bound."""
+    if bound is None:
+        return logits
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return (bound * torch.tanh(wide / bound)).to(logits.dtype)
+
+
+def _bound_inplace(logits: Tensor, bound: float) -> Tensor:
+    """Puts logits within the bound and returns the derivative of that, a tensor of the same size."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    inside = torch.tanh(wide / bound)
+    logits.copy_(bound * inside)
+    return inside.square_().neg_().add_(1.0).to(logits.dtype)
 
 
 def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:

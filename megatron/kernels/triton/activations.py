@@ -19,12 +19,20 @@ from torch import Tensor
 
 from megatron.kernels.triton import runtime
 
-GATED = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu", "glu": "sigmoid", "bilinear": "identity"}
+GATED = {
+    "swiglu": "silu",
+    "geglu": "gelu",
+    "geglu_tanh": "gelu_tanh",
+    "reglu": "relu",
+    "glu": "sigmoid",
+    "bilinear": "identity",
+}
 """Gated activation -> the function of its gate."""
 PLAIN = {
     "gelu": "gelu",
     "gelu_tanh": "gelu_tanh",
     "relu": "relu",
+    "squared_relu": "squared_relu",
     "silu": "silu",
     "swish": "silu",
     "softsign": "softsign",
@@ -53,6 +61,8 @@ def _value(x, KIND: tl.constexpr):
         y = 0.5 * x * (1.0 + _tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
     elif KIND == "relu":
         y = tl.maximum(x, 0.0)
+    elif KIND == "squared_relu":
+        y = tl.maximum(x, 0.0) * tl.maximum(x, 0.0)
     elif KIND == "silu":
         y = x * tl.sigmoid(x)
     elif KIND == "sigmoid":
@@ -76,6 +86,8 @@ def _slope(x, KIND: tl.constexpr):
         y = 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * 0.7978845608028654 * (1.0 + 0.134145 * x * x)
     elif KIND == "relu":
         y = tl.where(x > 0.0, 1.0, 0.0)
+    elif KIND == "squared_relu":
+        y = 2.0 * tl.maximum(x, 0.0)
     elif KIND == "silu":
         s = tl.sigmoid(x)
         y = s * (1.0 + x * (1.0 - s))

@@ -73,7 +73,7 @@ class ParallelSelfAttention(nn.Module):
         self.heads = dims.num_attention_heads // size  # n/t
         self.head_dim = dims.head_dim
         self.grouped = dims.grouped
-        self.positions = spec.positions
+        self.positions = spec.positions[number]
         self.reset_attention, self.reset_positions = spec.reset_attention, spec.reset_positions
         self.attend: AttentionKernel = spec.kernels.attention[dims.kind(number)]
         self.dropout = spec.attention_dropout
@@ -86,15 +86,16 @@ class ParallelSelfAttention(nn.Module):
         first = source.axis.rank * self.heads + self.core_heads.start
         self.pattern = spec.patterns[number](range(first, first + len(shared)))
         self.rpe = spec.relative_positions
-        self.query_factor = spec.multipliers.query
-        self.q_layernorm = spec.head_norm() if spec.head_norm else None
-        self.k_layernorm = spec.head_norm() if spec.head_norm else None
+        self.query_factor = spec.multipliers.query * spec.scales.query
+        self.softcap = spec.scales.attention_bound
+        self.q_layernorm = spec.head_norm(dims.num_attention_heads) if spec.head_norm else None
+        self.k_layernorm = spec.head_norm(dims.num_kv_heads) if spec.head_norm else None
         self.query_key_value = ColumnParallelLinear(
             dims.hidden_size,
             dims.query_size + 2 * dims.kv_size,
             source.of("query_key_value"),
             init_fn=spec.init_fn,
-            bias=dims.attention_bias,
+            bias=dims.has_qkv_bias,
             sections=(dims.query_size, dims.kv_size, dims.kv_size) if dims.grouped else (),
             kernel=spec.kernels.linear,
             lora=spec.lora_specs.get("query_key_value"),
@@ -169,13 +170,13 @@ class ParallelSelfAttention(nn.Module):
 
     def _view(self, length: int, device: torch.device) -> AttentionMask | None:
         """Returns the mask and biases for a sequence of that length, or None."""
-        if self.pattern is None and self.rpe is None:
+        if self.pattern is None and self.rpe is None and self.softcap is None:
             return None
         if self.rpe is None:
-            return AttentionMask(self.pattern)
+            return AttentionMask(self.pattern, softcap=self.softcap)
         slopes_on: Callable[[torch.device], Tensor] | None = getattr(self.rpe, "slopes_on", None)
         slopes = None if slopes_on is None else slopes_on(device)[self.core_heads]
-        return AttentionMask(self.pattern, self.rpe(length, device)[self.core_heads], slopes)
+        return AttentionMask(self.pattern, self.rpe(length, device)[self.core_heads], slopes, self.softcap)
 
     def _attend_cached(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache) -> Tensor:
         """Attends from new positions to the cache: shapes as in ``_attend``. The cache may have a higher precision."""
@@ -192,7 +193,7 @@ class ParallelSelfAttention(nn.Module):
             if view.pattern is not None and slots.positions is None:  # keys that no row sees cost nothing
                 seen = view.pattern.columns(slots.end - q.shape[2], slots.end, 0, q.device)
                 k, v, shown = k[:, :, seen], v[:, :, seen], shown[..., seen]
-            return masked_attention(q.to(k.dtype), k, v, shown).to(dtype)
+            return masked_attention(q.to(k.dtype), k, v, shown, view).to(dtype)
         if slots.mask is not None:  # rows of different lengths
             return masked_attention(q.to(k.dtype), k, v, slots.mask).to(dtype)
         return self.attend(q.to(k.dtype), k, v, 0.0, None).to(dtype)

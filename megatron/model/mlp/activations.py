@@ -26,6 +26,11 @@ def relu(x: Tensor) -> Tensor:
     return F.relu(x)
 
 
+def squared_relu(x: Tensor) -> Tensor:
+    """Maps to max(x, 0)² (arXiv:2109.08668, section 3.1)."""
+    return F.relu(x).square()
+
+
 def silu(x: Tensor) -> Tensor:
     """Maps to x * sigmoid(x); also called swish (arXiv:1710.05941)."""
     return F.silu(x)
@@ -51,6 +56,12 @@ def geglu(x: Tensor) -> Tensor:
     """Maps to up * gelu(gate)."""
     up, gate = x.chunk(2, dim=-1)
     return up * F.gelu(gate)
+
+
+def geglu_tanh(x: Tensor) -> Tensor:
+    """Maps to up * gelu(gate), gelu by its tanh formula."""
+    up, gate = x.chunk(2, dim=-1)
+    return up * F.gelu(gate, approximate="tanh")
 
 
 def reglu(x: Tensor) -> Tensor:
