@@ -32,9 +32,19 @@ PARAMETERS = {
     "llama3/70B": 70_553_706_496,
     "llama3/405B": 405_853_388_800,
     "mistral/7B": 7_241_732_096,
+    "qwen2/1-5B": 1_543_714_304,
+    "gemma2/2B": 2_614_341_888,
+    "gemma3/1B": 999_885_952,
+    "olmo2/7B": 7_298_617_344,
+    "olmo3/7B": 7_298_011_136,
+    "smollm3/3B": 3_075_098_624,
+    "phi3/mini": 3_821_079_552,
+    "cohere2/7B": 8_028_033_024,
+    "granite/2B": 2_533_531_648,
+    "starcoder2/7B": 7_173_923_840,
 }
 """As in the papers and on the model cards of the Hugging Face hub (arXiv:2204.06745; arXiv:2304.01373, table 1;
-huggyllama, meta-llama and mistralai)."""
+huggyllama, meta-llama, mistralai and the authors of the others)."""
 
 
 def resolved(path: Path) -> Config:

@@ -73,6 +73,116 @@ _QWEN3 = _LLAMA | {
     "sliding_window": 4096,
     "max_window_layers": 28,
 }
+_QWEN2 = {key: value for key, value in _QWEN3.items() if key not in ("head_dim", "attention_bias", "mlp_bias")} | {
+    "head_dim": None,
+    "layer_types": None,
+}
+_GEMMA2 = {key: value for key, value in _LLAMA.items() if key not in ("hidden_act", "mlp_bias")} | {
+    "vocab_size": 256000,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "layer_types": None,  # a window in every second block, the first one
+    "final_logit_softcapping": 30.0,
+    "attn_logit_softcapping": 50.0,
+    "use_bidirectional_attention": None,
+}
+_GEMMA3 = _GEMMA2 | {
+    "vocab_size": 262208,
+    "max_position_embeddings": 131072,
+    "rope_theta": 1000000,
+    "rope_local_base_freq": 10000,
+    "sliding_window_pattern": None,  # 6: windows in all blocks but every sixth
+    "final_logit_softcapping": None,
+    "attn_logit_softcapping": None,
+    "use_bidirectional_attention": False,
+}
+_OLMO2 = {key: value for key, value in _LLAMA.items() if key != "mlp_bias"} | {
+    "vocab_size": 50304,
+    "rms_norm_eps": 1e-5,
+}
+_OLMO3 = _OLMO2 | {"sliding_window": 4096, "layer_types": None, "rope_theta": 500000}
+_SMOLLM3 = _LLAMA | {
+    "vocab_size": 128256,
+    "hidden_size": 2048,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 32768,
+    "tie_word_embeddings": True,
+    "rope_theta": 2000000,
+    "use_sliding_window": False,
+    "sliding_window": None,
+    "no_rope_layers": None,  # rotary positions in all blocks but every no_rope_layer_interval-th
+    "no_rope_layer_interval": 4,
+    "layer_types": None,
+}
+_PHI3 = {key: value for key, value in _LLAMA.items() if key not in ("attention_bias", "mlp_bias")} | {
+    "vocab_size": 32064,
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "sliding_window": None,
+}
+_COHERE2 = {key: value for key, value in _LLAMA.items() if key not in ("rms_norm_eps", "mlp_bias")} | {
+    "vocab_size": 256000,
+    "hidden_size": 8192,
+    "intermediate_size": 22528,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 64,
+    "max_position_embeddings": 8192,
+    "layer_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "logit_scale": 0.0625,
+    "sliding_window": 4096,
+    "sliding_window_pattern": None,  # 4
+    "layer_types": None,
+}
+_GRANITE = _LLAMA | {
+    "embedding_multiplier": 1.0,
+    "logits_scaling": 1.0,
+    "residual_multiplier": 1.0,
+    "attention_multiplier": 1.0,
+}
+_STARCODER2 = {
+    key: value for key, value in _LLAMA.items() if key not in ("rms_norm_eps", "attention_bias", "mlp_bias")
+} | {
+    "vocab_size": 49152,
+    "hidden_size": 3072,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 24,
+    "num_key_value_heads": 2,
+    "hidden_act": "gelu_pytorch_tanh",
+    "max_position_embeddings": 4096,
+    "norm_epsilon": 1e-5,
+    "residual_dropout": 0.0,
+    "embedding_dropout": 0.0,
+    "use_bias": True,
+    "tie_word_embeddings": True,
+    "sliding_window": None,
+}
+_NEMOTRON = {key: value for key, value in _LLAMA.items() if key != "rms_norm_eps"} | {
+    "vocab_size": 256000,
+    "hidden_size": 6144,
+    "intermediate_size": 24576,
+    "num_attention_heads": 48,
+    "hidden_act": "relu2",
+    "max_position_embeddings": 4096,
+    "norm_eps": 1e-5,
+    "partial_rotary_factor": 0.5,
+}
 _GPT2: Settings = {
     "vocab_size": 50257,
     "n_positions": 1024,
@@ -151,6 +261,17 @@ DEFAULTS: Mapping[str, Settings] = {
     "mistral": _MISTRAL,
     "mixtral": _MIXTRAL,
     "qwen3": _QWEN3,
+    "qwen2": _QWEN2,
+    "gemma2": _GEMMA2,
+    "gemma3_text": _GEMMA3,
+    "olmo2": _OLMO2,
+    "olmo3": _OLMO3,
+    "smollm3": _SMOLLM3,
+    "phi3": _PHI3,
+    "cohere2": _COHERE2,
+    "granite": _GRANITE,
+    "starcoder2": _STARCODER2,
+    "nemotron": _NEMOTRON,
     "gpt2": _GPT2,
     "opt": _OPT,
     "mpt": _MPT,
@@ -158,9 +279,12 @@ DEFAULTS: Mapping[str, Settings] = {
     "megatron-bert": _MEGATRON_BERT,
 }
 """model_type -> key -> the value of its class."""
-ROTARY = frozenset({"rope_theta", "rotary_emb_base", "rotary_pct"})
+ROTARY = frozenset({"rope_theta", "rotary_emb_base", "rotary_pct", "rope_local_base_freq", "partial_rotary_factor"})
 _MAY_BE_NULL = frozenset(
-    {"num_key_value_heads", "head_dim", "sliding_window", "router_jitter_noise", "router_aux_loss_coef"}
+    {
+        *("num_key_value_heads", "head_dim", "sliding_window", "router_jitter_noise", "router_aux_loss_coef"),
+        *("final_logit_softcapping", "attn_logit_softcapping", "use_bidirectional_attention"),
+    }
 )
 """Keys with a value of the class that may be null all the same."""
 ALIASES: Mapping[str, Mapping[str, str]] = {
@@ -216,6 +340,6 @@ def _fits(value: Any, usual: Any, key: str) -> bool:
     if isinstance(usual, float):
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if isinstance(usual, int):
-        is_number = isinstance(value, int) or (isinstance(value, float) and key in ("rope_theta", "rotary_emb_base"))
+        is_number = isinstance(value, int) or (isinstance(value, float) and key in ROTARY)
         return is_number and not isinstance(value, bool) and value >= 0
     return isinstance(value, (str, int)) and not isinstance(value, bool)

@@ -113,6 +113,7 @@ def export(
     config |= family.config(model, rows)
     config |= family.experts.config(stored.moe) if family.experts else {}
     config |= family.mixers.config(stored.mixers) if family.mixers else {}
+    config |= {"pad_token_id": None} if family.class_pads else {}
     config |= dict(special or {}) | {"torch_dtype": _CALLED[dtype or _stored_dtype(stored, stored.table[0])]}
     files.write_json(output / CONFIG, config)
     return Exported(family.name, family.architecture, len(promises), sum(promise.size for promise in promises), rows)

@@ -5,23 +5,32 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from megatron.checkpoint.huggingface.cohere2 import COHERE2
 from megatron.checkpoint.huggingface.family import ModelFamily, lacking_parts
+from megatron.checkpoint.huggingface.gemma import GEMMA2, GEMMA3
 from megatron.checkpoint.huggingface.gpt2 import GPT2
 from megatron.checkpoint.huggingface.gpt_neox import GPT_NEOX
-from megatron.checkpoint.huggingface.llama import LLAMA, MISTRAL, MIXTRAL, QWEN3
+from megatron.checkpoint.huggingface.granite import GRANITE
+from megatron.checkpoint.huggingface.llama import LLAMA, MISTRAL, MIXTRAL
 from megatron.checkpoint.huggingface.mamba import MAMBA
 from megatron.checkpoint.huggingface.megatron_bert import MEGATRON_BERT
 from megatron.checkpoint.huggingface.mpt import MPT
+from megatron.checkpoint.huggingface.olmo import OLMO2, OLMO3
 from megatron.checkpoint.huggingface.opt import OPT
+from megatron.checkpoint.huggingface.phi3 import PHI3
+from megatron.checkpoint.huggingface.plain_decoders import NEMOTRON, STARCODER2
+from megatron.checkpoint.huggingface.qwen import QWEN2, QWEN3
+from megatron.checkpoint.huggingface.smollm3 import SMOLLM3
 from megatron.config.schema.mixers import MixersSection
 from megatron.config.schema.model import ModelSection
 from megatron.config.schema.moe import MoeSection
 from megatron.errors import ConfigError, ConfigIssue
 from megatron.registry import BIDIRECTIONAL, CAUSAL, WITHOUT_ATTENTION
 
-FAMILIES = {
-    family.name: family for family in (GPT_NEOX, LLAMA, MISTRAL, MIXTRAL, QWEN3, GPT2, OPT, MPT, MAMBA, MEGATRON_BERT)
-}
+EARLIER = (GPT_NEOX, LLAMA, MISTRAL, MIXTRAL, QWEN3, GPT2, OPT, MPT, MAMBA, MEGATRON_BERT)
+LATER = (QWEN2, GEMMA2, GEMMA3, OLMO2, OLMO3, SMOLLM3, PHI3, COHERE2, GRANITE, STARCODER2, NEMOTRON)
+FAMILIES = {family.name: family for family in (*EARLIER, *LATER)}
+"""In the order in which they are tried: a model that several can express keeps the family that it had."""
 
 
 def family_for(model: ModelSection, moe: MoeSection, mixers: MixersSection, name: str | None = None) -> ModelFamily:

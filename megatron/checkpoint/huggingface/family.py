@@ -99,6 +99,8 @@ class ModelFamily:
     """Endings of their names that hold no weights (masks, tables of frequencies) and are left out."""
     parts: frozenset[str] = frozenset()
     """Of the keys above, those that its configuration can say; `misfits` compares their values."""
+    class_pads: bool = False
+    """Where config.json names no padding token, their class names that of the public models."""
     prefix: str = ""
     """What their names begin with in a model with a head, which files of the bare model lack."""
     experts: ExpertsMapping | None = None
@@ -134,6 +136,38 @@ def stacked_transposed(ours: str, theirs: tuple[str, ...]) -> TensorMapping:
         lambda tensor: tuple(part.T for part in tensor.chunk(count, 0)),
         lambda tensors: torch.cat(tuple(part.T for part in tensors)),
     )
+
+
+def halves_swapped(ours: str, theirs: str) -> TensorMapping:
+    """Ours is theirs with the second half of the rows first."""
+
+    def swapped(tensor: Tensor) -> Tensor:
+        return torch.cat(tensor.chunk(2, 0)[::-1])
+
+    return TensorMapping(ours, (theirs,), lambda tensor: (swapped(tensor),), lambda tensors: swapped(tensors[0]))
+
+
+def interleaved(row: TensorMapping, head_dim: int) -> TensorMapping:
+    """The row of queries, keys and values, where theirs have the two features of a rotated pair side by side.
+
+    The order of features within a head changes no score, as queries and keys have the same.
+    """
+
+    def side_by_side(rows: Tensor) -> Tensor:
+        return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
+
+    def half_apart(rows: Tensor) -> Tensor:
+        return rows.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+
+    def apart(tensor: Tensor) -> Sequence[Tensor]:
+        queries, keys, values = row.apart(tensor)
+        return side_by_side(queries), side_by_side(keys), values
+
+    def together(tensors: Sequence[Tensor]) -> Tensor:
+        queries, keys, values = tensors
+        return row.together((half_apart(queries), half_apart(keys), values))
+
+    return TensorMapping(row.ours, row.theirs, apart, together)
 
 
 def fused(ours: str, theirs: tuple[str, str, str], dims: ModelDims) -> TensorMapping:

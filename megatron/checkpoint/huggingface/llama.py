@@ -1,4 +1,4 @@
-"""LLaMA and its kin: `LlamaForCausalLM`, `MistralForCausalLM`, `MixtralForCausalLM`, `Qwen3ForCausalLM`.
+"""LLaMA and its kin: `LlamaForCausalLM`, `MistralForCausalLM`, `MixtralForCausalLM`; others build on their tables.
 
 They keep query, key and value apart, and the two halves of the gated MLP; ours are fused, the plain half first. They
 keep every expert apart; ours are stacked.
@@ -7,7 +7,6 @@ keep every expert apart; ours are stacked.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from megatron.checkpoint.huggingface.expert_keys import expert_misfits
@@ -32,33 +31,37 @@ from megatron.config.schema.moe import MoeSection
 from megatron.errors import ConfigIssue
 from megatron.param_table import ModelDims
 
-ACTIVATIONS = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu"}
+ACTIVATIONS = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_pytorch_tanh", "reglu": "relu"}
 """Ours -> theirs: they name the activation of the gate."""
-_BACK = {theirs: ours for ours, theirs in ACTIVATIONS.items()}
+ACTIVATIONS_BACK = {theirs: ours for ours, theirs in ACTIVATIONS.items()}
 
 
-def _misfits(model: ModelSection) -> list[ConfigIssue]:
-    expected = {"norm": "rmsnorm", "pos_emb": "rotary", "rotary_pct": 1.0, "gpt_j_residual": False}
-    errors = unlike(model, expected, "LLaMA") + special_attention(model, "LLaMA") + scaling_misfits(model)
+def decoder_misfits(model: ModelSection, family: str = "LLaMA", **others: object) -> list[ConfigIssue]:
+    """What of a model a family cannot say whose blocks are LLaMA's.
+
+    Args:
+        model: The model section.
+        family: Its name, for messages.
+        others: Values of keys in which it differs from LLaMA; further keys of which it has one value.
+    """
+    expected = {"norm": "rmsnorm", "pos_emb": "rotary", "rotary_pct": 1.0, "gpt_j_residual": False, **others}
+    errors = unlike(model, expected, family) + special_attention(model, family) + scaling_misfits(model)
     if model.activation not in ACTIVATIONS:
-        errors.append(ConfigIssue("a LLaMA model has a gated activation", key="activation", value=model.activation))
+        errors.append(ConfigIssue(f"a {family} model has a gated activation", key="activation", value=model.activation))
     return errors
 
 
 def _llama_misfits(model: ModelSection) -> list[ConfigIssue]:
-    return _misfits(model) + unlike(model, {"sliding_window_width": None, "use_qk_layernorm": False}, "LLaMA")
+    return decoder_misfits(model) + unlike(model, {"sliding_window_width": None, "use_qk_layernorm": False}, "LLaMA")
 
 
 def _mistral_misfits(model: ModelSection) -> list[ConfigIssue]:
     expected = {"use_bias_in_attn_linear": False, "use_bias_in_mlp": False, "use_qk_layernorm": False}
-    return _misfits(model) + unlike(model, expected, "Mistral")
+    return decoder_misfits(model) + unlike(model, expected, "Mistral")
 
 
-def _qwen_misfits(model: ModelSection) -> list[ConfigIssue]:
-    return _misfits(model) + unlike(model, {"use_bias_in_mlp": False, "use_qk_layernorm": True}, "Qwen3")
-
-
-def _config(model: ModelSection, padded_vocab_size: int) -> Settings:
+def decoder_config(model: ModelSection, padded_vocab_size: int) -> Settings:
+    """Returns what config.json of every such family says."""
     return {
         "vocab_size": padded_vocab_size,
         "hidden_size": model.hidden_size,
@@ -79,22 +82,29 @@ def _config(model: ModelSection, padded_vocab_size: int) -> Settings:
 
 def _llama_config(model: ModelSection, padded_vocab_size: int) -> Settings:
     biases = {"attention_bias": model.use_bias_in_attn_linear, "mlp_bias": model.use_bias_in_mlp}
-    return _config(model, padded_vocab_size) | biases
+    return decoder_config(model, padded_vocab_size) | biases
 
 
 def _mistral_config(model: ModelSection, padded_vocab_size: int) -> Settings:
-    return _config(model, padded_vocab_size) | {"sliding_window": model.sliding_window_width}
+    return decoder_config(model, padded_vocab_size) | {"sliding_window": model.sliding_window_width}
 
 
-def _qwen_config(model: ModelSection, padded_vocab_size: int) -> Settings:
-    window = model.sliding_window_width
-    windows = {"use_sliding_window": window is not None, "sliding_window": window, "max_window_layers": 0}
-    return _config(model, padded_vocab_size) | windows | {"attention_bias": model.use_bias_in_attn_linear}
+def decoder_settings(
+    theirs: Mapping[str, Any],
+    rotary: Settings | None = None,
+    *,
+    epsilon: tuple[str, str] = ("rms_norm_epsilon", "rms_norm_eps"),
+) -> Settings:
+    """Returns our keys of what every such family says.
 
-
-def _settings(theirs: Mapping[str, Any]) -> Settings:
-    rotary = rotary_settings(theirs, base="rope_theta")
-    check_config({"partial_rotary_factor": rotary["rotary_pct"]}, {"partial_rotary_factor": 1.0})
+    Args:
+        theirs: config.json, completed.
+        rotary: The keys of rotary positions; read from `theirs` unless given, and of whole heads then.
+        epsilon: Our key of the norm's epsilon, and theirs.
+    """
+    if rotary is None:
+        rotary = rotary_settings(theirs, base="rope_theta")
+        check_config({"partial_rotary_factor": rotary["rotary_pct"]}, {"partial_rotary_factor": 1.0})
     heads = theirs["num_attention_heads"]
     return {
         "num_layers": theirs["num_hidden_layers"],
@@ -103,10 +113,10 @@ def _settings(theirs: Mapping[str, Any]) -> Settings:
         "num_kv_heads": theirs["num_key_value_heads"] or heads,
         "kv_channels": theirs["head_dim"] or theirs["hidden_size"] // heads,
         "intermediate_size": 3 * theirs["intermediate_size"],
-        "activation": choose(_BACK, theirs, "hidden_act"),
+        "activation": choose(ACTIVATIONS_BACK, theirs, "hidden_act"),
         "max_position_embeddings": theirs["max_position_embeddings"],
         "norm": "rmsnorm",
-        "rms_norm_epsilon": float(theirs["rms_norm_eps"]),
+        epsilon[0]: float(theirs[epsilon[1]]),
         "pos_emb": "rotary",
         **rotary,
         "use_bias_in_attn_linear": bool(theirs["attention_bias"]),
@@ -117,7 +127,7 @@ def _settings(theirs: Mapping[str, Any]) -> Settings:
 
 def _llama_settings(theirs: Mapping[str, Any]) -> Settings:
     one_window(theirs, None, ["full_attention"] * theirs["num_hidden_layers"])
-    return _settings(theirs)
+    return decoder_settings(theirs)
 
 
 def _mistral_settings(theirs: Mapping[str, Any]) -> Settings:
@@ -125,18 +135,7 @@ def _mistral_settings(theirs: Mapping[str, Any]) -> Settings:
     window = theirs["sliding_window"]
     kind = "full_attention" if window is None else "sliding_attention"
     found = one_window(theirs, window, [kind] * theirs["num_hidden_layers"])
-    return _settings({**theirs, "attention_bias": False, "mlp_bias": False}) | found
-
-
-def _qwen_settings(theirs: Mapping[str, Any]) -> Settings:
-    window = theirs["sliding_window"] if theirs["use_sliding_window"] else None
-    first = theirs["num_hidden_layers"] if window is None else theirs["max_window_layers"]
-    kinds = [
-        "sliding_attention" if layer >= first else "full_attention" for layer in range(theirs["num_hidden_layers"])
-    ]
-    kinds = theirs.get("layer_types") or kinds
-    found = one_window({**theirs, "layer_types": kinds}, window, kinds)
-    return _settings({**theirs, "mlp_bias": False}) | {"use_qk_layernorm": True} | found
+    return decoder_settings({**theirs, "attention_bias": False, "mlp_bias": False}) | found
 
 
 def _experts(dims: ModelDims, ours: str, theirs: str) -> list[TensorMapping]:
@@ -224,16 +223,4 @@ MIXTRAL = ModelFamily(
     spare=(".rotary_emb.inv_freq",),
     prefix="model.",
     experts=ExpertsMapping(_mixtral_misfits, _mixtral_experts),
-)
-QWEN_NAMES = replace(NAMES, head_norms=("self_attn.q_norm", "self_attn.k_norm"))
-QWEN3 = ModelFamily(
-    name="qwen3",
-    model_type="qwen3",
-    architecture="Qwen3ForCausalLM",
-    misfits=_qwen_misfits,
-    config=_qwen_config,
-    settings=_qwen_settings,
-    table=QWEN_NAMES.table,
-    spare=(".rotary_emb.inv_freq",),
-    prefix="model.",
 )

@@ -11,6 +11,8 @@ from torch import Tensor
 from megatron.checkpoint.huggingface.family import (
     TensorMapping,
     fused,
+    halves_swapped,
+    interleaved,
     queries_keys_values,
     query_key_value,
     same,
@@ -28,14 +30,14 @@ class Names:
     """Word embedding."""
     block: str
     """What the names inside a block begin with; {} stands for its number."""
-    input_norm: str
-    """Norm in front of the attention."""
+    input_norm: str | None
+    """Norm in front of the attention, if any."""
     attention: tuple[str, ...]
     """One projection for queries, keys and values together, or three."""
     dense: str
     """Output projection of the attention."""
-    mlp_norm: str
-    """Norm in front of the MLP."""
+    mlp_norm: str | None
+    """Norm in front of the MLP; None where there is none, or the first one serves both."""
     linear1: tuple[str, ...]
     """One matrix, or its plain half and the one that the activation sees."""
     linear2: str
@@ -48,6 +50,14 @@ class Names:
     """Learned positions, if any."""
     by_head: bool = True
     """Where it is one, its rows stand head by head as ours do, not all queries first."""
+    attention_output_norm: str | None = None
+    """Norm on what the attention gives, if any."""
+    mlp_output_norm: str | None = None
+    """Norm on what the MLP gives, if any."""
+    gate_first: bool = False
+    """Their one matrix in front of a gated activation has the half that it sees first."""
+    pairs_interleaved: bool = False
+    """Their rotary positions turn neighbouring features; ours turn those half a head apart."""
     norm_values: tuple[tuple[str, str], ...] = (("weight", "weight"), ("bias", "bias"))
     """Our and their names of what a norm holds."""
     matrices_turned: bool = False
@@ -72,29 +82,39 @@ class Names:
 
     def _block(self, dims: ModelDims, number: int, ours: str, theirs: str) -> list[TensorMapping]:
         rows = self._norms(dims, ours, theirs)
-        for kind in ("weight", "bias") if dims.attention_bias else ("weight",):
-            names = tuple(f"{theirs}{name}.{kind}" for name in self.attention)
-            rows.append(self._projection(dims, f"{ours}attention.query_key_value.{kind}", names))
-            rows.append(self._linear(f"{ours}attention.dense.{kind}", f"{theirs}{self.dense}.{kind}"))
+        for kind in ("weight", "bias"):
+            if kind == "weight" or dims.has_qkv_bias:
+                names = tuple(f"{theirs}{name}.{kind}" for name in self.attention)
+                rows.append(self._projection(dims, f"{ours}attention.query_key_value.{kind}", names))
+            if kind == "weight" or dims.attention_bias:
+                rows.append(self._linear(f"{ours}attention.dense.{kind}", f"{theirs}{self.dense}.{kind}"))
         if self.experts is not None and dims.has_experts(number):
             return rows + self.experts(dims, ours, theirs)
         for kind in ("weight", "bias") if dims.mlp_bias else ("weight",):
             names = tuple(f"{theirs}{name}.{kind}" for name in self.linear1)
             ours_first = f"{ours}mlp.linear1.{kind}"
-            rows.append(stacked(ours_first, names) if len(names) > 1 else self._linear(ours_first, names[0]))
+            rows.append(self._first(ours_first, names))
             rows.append(self._linear(f"{ours}mlp.linear2.{kind}", f"{theirs}{self.linear2}.{kind}"))
         return rows
 
     def _norms(self, dims: ModelDims, ours: str, theirs: str) -> list[TensorMapping]:
-        """Two norms, or one that they keep twice (gpt_j_tied)."""
+        """The norms before attention and MLP, and those on what these give.
+
+        With gpt_j_tied one is before both, which they keep twice, or once.
+        """
         rows = []
+        names = {
+            "input_layernorm": self.input_norm,
+            "post_attention_layernorm": self.mlp_norm,
+            "attention_output_layernorm": self.attention_output_norm,
+            "mlp_output_layernorm": self.mlp_output_norm,
+        }
         for value, other in self.norm_values:
-            names = (f"{theirs}{self.input_norm}.{other}", f"{theirs}{self.mlp_norm}.{other}")
-            if dims.shared_norm:
-                rows.append(_twice(f"{ours}input_layernorm.{value}", names))
+            if dims.shared_norm and self.mlp_norm is not None:
+                both = (f"{theirs}{self.input_norm}.{other}", f"{theirs}{self.mlp_norm}.{other}")
+                rows.append(_twice(f"{ours}input_layernorm.{value}", both))
                 continue
-            rows.append(same(f"{ours}input_layernorm.{value}", names[0]))
-            rows.append(same(f"{ours}post_attention_layernorm.{value}", names[1]))
+            rows += [same(f"{ours}{mine}.{value}", f"{theirs}{name}.{other}") for mine, name in names.items() if name]
         if dims.qk_norm and self.head_norms is not None:
             for name, other in zip(("q_layernorm", "k_layernorm"), self.head_norms, strict=True):
                 rows += [
@@ -105,7 +125,8 @@ class Names:
     def _projection(self, dims: ModelDims, ours: str, theirs: tuple[str, ...]) -> TensorMapping:
         if len(theirs) > 1:
             queries, keys, values = theirs
-            return fused(ours, (queries, keys, values), dims)
+            row = fused(ours, (queries, keys, values), dims)
+            return interleaved(row, dims.head_dim) if self.pairs_interleaved else row
         return same(ours, theirs[0]) if self.by_head else self._queries_first(dims, ours, theirs[0])
 
     def _queries_first(self, dims: ModelDims, ours: str, theirs: str) -> TensorMapping:
@@ -115,10 +136,17 @@ class Names:
             return (self._turned(torch.cat(queries_keys_values(tensor, dims))),)
 
         def together(tensors: Sequence[Tensor]) -> Tensor:
-            return query_key_value(self._turned(tensors[0]).chunk(3), dims)
+            sizes = (dims.query_size, dims.kv_size, dims.kv_size)
+            return query_key_value(self._turned(tensors[0]).split(sizes), dims)
 
         turned = self.matrices_turned and ours.endswith(".weight")
         return TensorMapping(ours, (theirs,), apart, together, turned=turned)
+
+    def _first(self, ours: str, theirs: tuple[str, ...]) -> TensorMapping:
+        """The layer in front of the activation, whose plain half is first in ours."""
+        if len(theirs) > 1:
+            return stacked(ours, theirs)
+        return halves_swapped(ours, theirs[0]) if self.gate_first else self._linear(ours, theirs[0])
 
     def _linear(self, ours: str, theirs: str) -> TensorMapping:
         turned = self.matrices_turned and ours.endswith(".weight")

@@ -40,14 +40,20 @@ def scaling_misfits(model: ModelSection) -> list[ConfigIssue]:
 
 def scaling_config(model: ModelSection) -> Settings:
     """Their rope_scaling, or nothing."""
-    if not model.rope_scaling:
-        return {}
-    kind = model.rope_scaling["type"]
+    scaling = scaling_block(model.rope_scaling)
+    return {} if scaling is None else {"rope_scaling": scaling}
+
+
+def scaling_block(ours: Mapping[str, Any] | None) -> Settings | None:
+    """Returns their block of a scaling of ours, or None."""
+    if not ours:
+        return None
+    kind = ours["type"]
     scaling = {"rope_type": kind, **_DEFAULTS.get(kind, {})}
-    scaling |= {name: value for name, value in model.rope_scaling.items() if name != "type"}
+    scaling |= {name: value for name, value in ours.items() if name != "type"}
     if kind == "dynamic":
         del scaling["original_max_position_embeddings"]  # it is max_position_embeddings there
-    return {"rope_scaling": scaling}
+    return scaling
 
 
 def rotary_settings(theirs: Mapping[str, Any], *, base: str, part: str = "partial_rotary_factor") -> Settings:
@@ -62,7 +68,7 @@ def rotary_settings(theirs: Mapping[str, Any], *, base: str, part: str = "partia
         if not isinstance(block, Mapping) or any(isinstance(value, Mapping) for value in block.values()):
             what = "only one scaling for all blocks can be taken over"
             raise ConfigError.of(what, key=name, value=block, location=CONFIG)
-    meanings = {name: _meaning(theirs, block, base, part) for name, block in said.items()}
+    meanings = {name: meaning_of_block(theirs, block, base, part) for name, block in said.items()}
     if len(meanings) > 1 and meanings["rope_scaling"] != meanings["rope_parameters"]:
         raise ConfigError.of(
             f"it contradicts rope_parameters = {said['rope_parameters']!r}",
@@ -71,13 +77,22 @@ def rotary_settings(theirs: Mapping[str, Any], *, base: str, part: str = "partia
             location=CONFIG,
             hint="say it once: put the scaling into rope_parameters, with its rope_theta, and remove rope_scaling",
         )
-    settings = next(iter(meanings.values()), None) or _meaning(theirs, {}, base, part)
+    settings = next(iter(meanings.values()), None) or meaning_of_block(theirs, {}, base, part)
     _one_base(theirs, settings)
     return settings
 
 
-def _meaning(theirs: Mapping[str, Any], block: Mapping[str, Any], base: str, part: str) -> Settings:
-    """Our keys of one block, and of the keys beside it."""
+def meaning_of_block(
+    theirs: Mapping[str, Any], block: Mapping[str, Any], base: str, part: str = "partial_rotary_factor"
+) -> Settings:
+    """Returns our keys of one block, and of the keys beside it.
+
+    Args:
+        theirs: config.json, completed.
+        block: rope_parameters or rope_scaling.
+        base: Name of the base among the older keys.
+        part: Name of the rotated part there.
+    """
     usual = DEFAULTS[theirs["model_type"]]
     theta = block.get("rope_theta", theirs.get(base, usual[base]))
     if not isinstance(theta, (int, float)) or not float(theta).is_integer() or theta < 1:

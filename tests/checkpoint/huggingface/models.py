@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
+    Cohere2Config,
+    Cohere2ForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MambaConfig,
@@ -20,16 +30,31 @@ from transformers import (
     MixtralForCausalLM,
     MptConfig,
     MptForCausalLM,
+    NemotronConfig,
+    NemotronForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Olmo3Config,
+    Olmo3ForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
+    Starcoder2Config,
+    Starcoder2ForCausalLM,
 )
 
 VOCABULARY = 96
 _NEOX = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 _LLAMA = {**_NEOX, "intermediate_size": 88, "max_position_embeddings": 64, "rms_norm_eps": 1e-6}
+_PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
 _SCALED = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0}
 _SCALED |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 16}
 _MAMBA = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2}
@@ -47,6 +72,78 @@ def _llama(**changes: object) -> PreTrainedModel:
     return LlamaForCausalLM(LlamaConfig(**{**_LLAMA, **changes}))
 
 
+_NEW = {**_LLAMA, "num_hidden_layers": 4, "num_key_value_heads": 2, "pad_token_id": None}
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 500000.0}
+_OWN_BASES = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+    "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0},
+}
+_TYPES = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
+
+
+def _without(*keys: str) -> dict[str, Any]:
+    return {key: value for key, value in _NEW.items() if key not in keys}
+
+
+DENSE: dict[str, Callable[[], PreTrainedModel]] = {
+    "qwen2": lambda: Qwen2ForCausalLM(
+        Qwen2Config(**_NEW, use_sliding_window=True, sliding_window=7, max_window_layers=2)
+    ),
+    "gemma2": lambda: Gemma2ForCausalLM(
+        Gemma2Config(
+            **_NEW,
+            head_dim=16,
+            query_pre_attn_scalar=20,
+            sliding_window=6,
+            attn_logit_softcapping=2.0,
+            final_logit_softcapping=4.0,
+            attn_implementation="eager",
+        )
+    ),
+    "gemma3": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            **_NEW,
+            head_dim=24,
+            query_pre_attn_scalar=20,
+            sliding_window=6,
+            layer_types=_TYPES,
+            rope_parameters=_OWN_BASES,
+        )
+    ),
+    "olmo2": lambda: Olmo2ForCausalLM(Olmo2Config(**_NEW)),
+    "olmo3": lambda: Olmo3ForCausalLM(
+        Olmo3Config(
+            **_NEW,
+            sliding_window=6,
+            rope_parameters={
+                "full_attention": _YARN,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 500000.0},
+            },
+        )
+    ),
+    "smollm3": lambda: SmolLM3ForCausalLM(
+        SmolLM3Config(**_NEW, no_rope_layer_interval=2, use_sliding_window=True, sliding_window=6)
+    ),
+    "phi3": lambda: Phi3ForCausalLM(Phi3Config(**_NEW, sliding_window=6)),
+    "phi3, part of the head, as many kv heads": lambda: Phi3ForCausalLM(
+        Phi3Config(**_without("num_key_value_heads"), rope_parameters={"partial_rotary_factor": 0.5, **_PLAIN})
+    ),
+    "cohere2": lambda: Cohere2ForCausalLM(
+        Cohere2Config(**_without("rms_norm_eps"), sliding_window=6, logit_scale=0.25, attention_bias=True)
+    ),
+    "granite": lambda: GraniteForCausalLM(
+        GraniteConfig(
+            **_NEW,
+            embedding_multiplier=3.0,
+            residual_multiplier=0.3,
+            attention_multiplier=0.2,
+            logits_scaling=3.0,
+        )
+    ),
+    "starcoder2": lambda: Starcoder2ForCausalLM(Starcoder2Config(**_without("rms_norm_eps"), sliding_window=6)),
+    "nemotron": lambda: NemotronForCausalLM(NemotronConfig(**_without("rms_norm_eps"), attention_bias=True)),
+}
+"""The dense families whose blocks differ from LLaMA's in more than their numbers -> makes the model."""
 MODELS = {
     "neox": lambda: _neox(rotary_pct=0.25),
     "neox, one residual, tied": lambda: _neox(use_parallel_residual=False, rotary_pct=1.0, tie_word_embeddings=True),
@@ -76,6 +173,7 @@ MODELS = {
     "gpt2, untied, exact gelu": lambda: GPT2LMHeadModel(
         GPT2Config(**_GPT2, activation_function="gelu", tie_word_embeddings=False, n_inner=100)
     ),
+    **DENSE,
 }
 """Name -> makes the model."""
 

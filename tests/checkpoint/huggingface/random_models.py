@@ -127,6 +127,119 @@ def _qwen3(chance: random.Random) -> Settings:
     return found
 
 
+def _qwen2(chance: random.Random) -> Settings:
+    found = _qwen3(chance)
+    del found["attention_bias"], found["mlp_bias"]
+    return found
+
+
+def _typed_rope(chance: random.Random, *, local: str | None) -> Settings:
+    """Positions by the kind of block, in either spelling, both alike or contradicting each other."""
+    full, sliding = chance.choice([None, 10000.0, 500000.0]), chance.choice([None, 100.0, 10000.0])
+    scaling = chance.choice([None, {"rope_type": "linear", "factor": 4.0}, _scaling(chance)])
+    older: Settings = {} if full is None else {"rope_theta": full}
+    older |= {local: sliding} if local and sliding else {}
+    older |= {} if scaling is None else {"rope_scaling": scaling}
+    blocks: Settings = {"full_attention": {"rope_type": "default", **(scaling or {})}}
+    blocks["sliding_attention"] = {"rope_type": "default"}
+    if full is not None:
+        blocks["full_attention"]["rope_theta"] = full
+    if sliding is not None:
+        blocks["sliding_attention"]["rope_theta"] = sliding
+    spelling = chance.choice(["older", "older", "new", "both"])
+    return older if spelling == "older" else {"rope_parameters": blocks} | (older if spelling == "both" else {})
+
+
+def _gemma2(chance: random.Random) -> Settings:
+    found = _llama(chance)
+    del found["hidden_act"], found["mlp_bias"]
+    found |= {
+        "head_dim": chance.choice([8, 16]),
+        "hidden_activation": chance.choice(["gelu_pytorch_tanh", "gelu_pytorch_tanh", "gelu", "silu"]),
+        "query_pre_attn_scalar": chance.choice([7, 16]),
+        "sliding_window": chance.choice([4, 8, 1000]),
+        "attn_logit_softcapping": chance.choice([None, 2.0, 50.0]),
+        "final_logit_softcapping": chance.choice([None, 3.0, 30.0]),
+        "use_bidirectional_attention": _rarely(chance, True, None),
+    }
+    return found | ({"layer_types": _kinds(chance, found["num_hidden_layers"])} if chance.random() < 0.5 else {})
+
+
+def _gemma3(chance: random.Random) -> Settings:
+    found = {name: value for name, value in _gemma2(chance).items() if not name.startswith("rope")}
+    found["attn_logit_softcapping"] = _rarely(chance, 2.0, None)
+    if "layer_types" not in found and chance.random() < 0.5:
+        found["sliding_window_pattern"] = chance.choice([2, 3])
+    return found | _typed_rope(chance, local="rope_local_base_freq")
+
+
+def _olmo2(chance: random.Random) -> Settings:
+    found = _llama(chance)
+    del found["mlp_bias"]
+    return found
+
+
+def _olmo3(chance: random.Random) -> Settings:
+    found = {name: value for name, value in _olmo2(chance).items() if not name.startswith("rope")}
+    found["sliding_window"] = chance.choice([4, 8, 1000])
+    found |= {"layer_types": _kinds(chance, found["num_hidden_layers"])} if chance.random() < 0.5 else {}
+    return found | _typed_rope(chance, local=None)
+
+
+def _smollm3(chance: random.Random) -> Settings:
+    found = _llama(chance)
+    layers = found["num_hidden_layers"]
+    found |= {"use_sliding_window": chance.random() < 0.5, "sliding_window": chance.choice([None, 4, 8])}
+    found["pad_token_id"] = None
+    found["no_rope_layer_interval"] = chance.choice([2, 3, 4])
+    if chance.random() < 0.4:
+        found["no_rope_layers"] = [chance.choice([0, 1]) for _ in range(layers)]
+    return found | ({"layer_types": _kinds(chance, layers)} if chance.random() < 0.4 else {})
+
+
+def _phi3(chance: random.Random) -> Settings:
+    found = _llama(chance)
+    del found["attention_bias"], found["mlp_bias"]
+    found.pop("head_dim", None)
+    block = found.get("rope_parameters") or found.get("rope_scaling")
+    if block and _rarely(chance, False, True):
+        for name in ("rope_parameters", "rope_scaling"):
+            found.pop(name, None)
+    found |= {"sliding_window": chance.choice([None, None, 4, 8]), "pad_token_id": None}
+    return found | {"partial_rotary_factor": chance.choice([0.5, 1.0]), "embd_pdrop": _rarely(chance, 0.1, 0.0)}
+
+
+def _cohere2(chance: random.Random) -> Settings:
+    found = _llama(chance)
+    del found["rms_norm_eps"], found["mlp_bias"]
+    found.pop("head_dim", None)
+    found |= {"layer_norm_eps": chance.choice([1e-5, 1e-3]), "logit_scale": chance.choice([0.0625, 0.3, 1.0])}
+    found["sliding_window"] = chance.choice([4, 8, 1000])
+    choice = chance.choice(["pattern", "types", "neither"])
+    if choice == "pattern":
+        found["sliding_window_pattern"] = chance.choice([2, 3])
+    return found | ({"layer_types": _kinds(chance, found["num_hidden_layers"])} if choice == "types" else {})
+
+
+def _granite(chance: random.Random) -> Settings:
+    names = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
+    return _llama(chance) | {name: chance.choice([1.0, 0.22, 3, 12.0]) for name in names}
+
+
+def _starcoder2(chance: random.Random) -> Settings:
+    found = _llama(chance)
+    del found["rms_norm_eps"], found["attention_bias"], found["mlp_bias"]
+    found |= {"hidden_act": chance.choice(["gelu_pytorch_tanh", "gelu", "relu"]), "use_bias": chance.random() < 0.6}
+    return found | {"sliding_window": chance.choice([None, 4, 8]), "norm_epsilon": chance.choice([1e-5, 1e-3])}
+
+
+def _nemotron(chance: random.Random) -> Settings:
+    found = _llama(chance)
+    del found["rms_norm_eps"]
+    found["hidden_act"] = chance.choice(["relu2", "gelu", "silu"])
+    return found | {"partial_rotary_factor": 0.5} if chance.random() < 0.5 else found
+
+
 def _gpt2(chance: random.Random) -> Settings:
     sizes = _sizes(chance)
     found = {
@@ -194,6 +307,17 @@ DRAWN: dict[str, Callable[[random.Random], Settings]] = {
     "mistral": _mistral,
     "mixtral": _mixtral,
     "qwen3": _qwen3,
+    "qwen2": _qwen2,
+    "gemma2": _gemma2,
+    "gemma3_text": _gemma3,
+    "olmo2": _olmo2,
+    "olmo3": _olmo3,
+    "smollm3": _smollm3,
+    "phi3": _phi3,
+    "cohere2": _cohere2,
+    "granite": _granite,
+    "starcoder2": _starcoder2,
+    "nemotron": _nemotron,
     "gpt2": _gpt2,
     "opt": _opt,
     "mpt": _mpt,
@@ -224,10 +348,16 @@ def write(folder: Path, settings: Settings) -> torch.Tensor | None:
         return None
 
 
+def attention_of(folder: Path) -> dict[str, str]:
+    """The option under which every release computes the model: the default of 4.57.6 has no bounds of scores."""
+    bounded = json.loads((folder / "config.json").read_text()).get("attn_logit_softcapping") is not None
+    return {"attn_implementation": "eager"} if bounded else {}
+
+
 def answer(folder: Path) -> torch.Tensor:
     """What transformers says of the folder."""
     with torch.no_grad():
-        return AutoModelForCausalLM.from_pretrained(folder).eval()(tokens()).logits
+        return AutoModelForCausalLM.from_pretrained(folder, **attention_of(folder)).eval()(tokens()).logits
 
 
 def ours(folder: Path) -> torch.Tensor:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from tests.checkpoint.huggingface.random_models import DRAWN, tokens
+from tests.checkpoint.huggingface.random_models import DRAWN, attention_of, tokens
 from tests.checkpoint.huggingface.tokenized import READ, SAMPLES
 from tests.packages import installed
 
@@ -54,7 +54,8 @@ def _write(folder: Path) -> Answers:
             (position / "config.json").write_text(json.dumps(reported))
             torch.manual_seed(5)
             try:
-                model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(position)).eval()
+                config = AutoConfig.from_pretrained(position)
+                model = AutoModelForCausalLM.from_config(config, **attention_of(position)).eval()
                 with torch.no_grad():
                     for parameter in model.parameters():
                         parameter.add_(torch.randn(parameter.shape) * 0.1)
@@ -70,7 +71,7 @@ def _read(folder: Path) -> Answers:
 
     found: Answers = {}
     for position in sorted(path.parent for path in folder.glob("*/config.json")):
-        model = AutoModelForCausalLM.from_pretrained(position).eval()
+        model = AutoModelForCausalLM.from_pretrained(position, **attention_of(position)).eval()
         with torch.no_grad():
             found[position.name] = model(tokens()).logits
         if (position / "tokenizer_config.json").is_file():

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron.checkpoint.huggingface.config_defaults import ALIASES, DEFAULTS
 from megatron.checkpoint.huggingface.export_model import ExportOptions, export
-from megatron.checkpoint.huggingface.families import FAMILIES, family_for
+from megatron.checkpoint.huggingface.families import FAMILIES, LATER, family_for
 from megatron.checkpoint.huggingface.import_model import adopt
 from megatron.checkpoint.huggingface.model_folder import Folder
 from megatron.checkpoint.load.stored_model import open_model
@@ -31,6 +31,23 @@ SIZES: dict[str, dict[str, Any]] = {
     "mistral": {"hidden_size": 64, "num_attention_heads": 16, "num_hidden_layers": 1, "intermediate_size": 40},
     "mixtral": {"hidden_size": 64, "num_attention_heads": 16, "num_hidden_layers": 1, "intermediate_size": 24},
     "qwen3": {"hidden_size": 32, "num_attention_heads": 32, "num_hidden_layers": 1, "intermediate_size": 40},
+    "qwen2": {"hidden_size": 64, "num_attention_heads": 32, "num_hidden_layers": 1, "intermediate_size": 40},
+    "gemma2": {"hidden_size": 32, "num_attention_heads": 8, "num_hidden_layers": 2, "intermediate_size": 40},
+    "gemma3_text": {"hidden_size": 32, "num_attention_heads": 8, "num_hidden_layers": 6, "intermediate_size": 40},
+    "olmo2": {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "intermediate_size": 40},
+    "olmo3": {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 4, "intermediate_size": 40},
+    "smollm3": {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 4, "intermediate_size": 40},
+    "phi3": {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "intermediate_size": 40},
+    "cohere2": {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 4, "intermediate_size": 40},
+    "granite": {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "intermediate_size": 40},
+    "starcoder2": {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "intermediate_size": 40},
+    "nemotron": {
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,  # which the class does not fill in
+        "num_hidden_layers": 1,
+        "intermediate_size": 40,
+    },
     "gpt2": {"n_embd": 32, "n_head": 4, "n_layer": 1},
     "opt": {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "ffn_dim": 40},
     "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 1},
@@ -52,15 +69,38 @@ def test_what_is_left_out_has_the_value_of_the_class(family: str, tmp_path: Path
 def test_the_table_is_that_of_the_classes(family: str) -> None:
     config = AutoConfig.for_model(family)
     rope = getattr(config, "rope_parameters", None) or {}
+    local, rope = rope.get("sliding_attention", {}), rope.get("full_attention", rope)  # of each kind, or of all blocks
     renamed = {"rope_theta": "rope_theta", "rotary_emb_base": "rope_theta", "rotary_pct": "partial_rotary_factor"}
+    renamed |= {"partial_rotary_factor": "partial_rotary_factor"}
     unsaid = {"qwen3": {"sliding_window", "mlp_bias"}, "mistral": {"attention_bias", "mlp_bias"}}  # not in use there
-    unsaid |= {"mixtral": unsaid["mistral"], "mamba": {"time_step_rank"}}
+    unsaid |= {"mixtral": unsaid["mistral"], "mamba": {"time_step_rank"}, "qwen2": {"sliding_window"}}
     for key, value in DEFAULTS[family].items():
         if value is None or key in unsaid.get(family, ()):
             continue
-        found = rope[renamed[key]] if key in renamed else getattr(config, key)
+        if key == "rope_local_base_freq":
+            found = local["rope_theta"]
+        else:
+            found = rope[renamed[key]] if key in renamed else getattr(config, key)
         assert found == value, key
     assert type(config).attribute_map == ALIASES.get(family, {})
+
+
+CHANGES_NOTHING = frozenset(
+    {
+        *("initializer_range", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "attention_dropout"),
+        *("transformers_version", "architectures", "output_hidden_states", "output_attentions", "return_dict", "dtype"),
+        *("chunk_size_feed_forward", "is_encoder_decoder", "id2label", "label2id", "problem_type"),
+    }
+)
+"""What of a class does not change what a model says, or only when it is trained with dropout."""
+
+
+@pytest.mark.parametrize("family", [family.model_type for family in LATER])
+def test_no_field_of_the_class_goes_unread(family: str) -> None:
+    """A further field in another release would be one that we do not understand."""
+    fields = {name for name in AutoConfig.for_model(family).to_dict() if not name.startswith("_")}
+    fields -= {"model_type", "rope_parameters", "original_max_position_embeddings"}
+    assert sorted(fields - CHANGES_NOTHING - DEFAULTS[family].keys()) == []
 
 
 @pytest.mark.parametrize("family", ALIASES)
@@ -104,16 +144,37 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"rope_parameters": {"rope_theta": float("inf")}},
         "whole number",
     ),
-    "windows in some blocks": (
-        "qwen3",
-        {"layer_types": MIXED, "use_sliding_window": True, "sliding_window": 8},
-        "layer_types = .*only one window for all",
+    "a bound that Gemma 3 does not apply": ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50"),
+    "attention to later tokens": ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention = Tr"),
+    "another activation": ("gemma2", {"hidden_activation": "quick_gelu"}, "hidden_activation = 'quick_gelu'"),
+    "windows without a width": ("cohere2", {"sliding_window": None}, "sliding_window = None: layer_types has blocks"),
+    "frequencies by the length of the text": (
+        "phi3",
+        {"rope_parameters": {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 8}},
+        "rope_parameters = .*longrope takes other frequencies",
     ),
-    "windows in the last blocks": (
-        "qwen3",
-        {"layer_types": "absent", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
-        "max_window_layers",
+    "the older name of the same": ("phi3", {"rope_scaling": {"type": "su"}}, "longrope takes other frequencies"),
+    "a scaling that releases read otherwise": (
+        "nemotron",
+        {"rope_parameters": {**LINEAR, "rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
+        "rope_scaling = .*some releases",
     ),
+    "dropout of embeddings": ("phi3", {"embd_pdrop": 0.1}, "embd_pdrop = 0.1"),
+    "dropout of the residual": ("starcoder2", {"residual_dropout": 0.1}, "residual_dropout = 0.1"),
+    "a base that releases read otherwise": (
+        "olmo3",
+        {"rope_parameters": "absent", "rope_theta": 10000.0},
+        "rope_theta = 10000.0: releases of transformers give",
+    ),
+    "a local base beside another": ("gemma3", {"rope_local_base_freq": 5.0}, "rope_local_base_freq = 5.0: it contra"),
+    "a scaling beside that of a kind": (
+        "gemma3",
+        {"rope_scaling": {**LINEAR, "factor": 8.0}},
+        "rope_scaling = .*contra",
+    ),
+    "one block of positions for kinds": ("olmo3", {"rope_parameters": {"rope_theta": 1e4}}, "only a block for each of"),
+    "windows where none are in use": ("smollm3", {"use_sliding_window": False}, "use_sliding_window = False"),
+    "positions of too few blocks": ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers = .*less than 4"),
     "windows that are not in use": ("qwen3", {"layer_types": ["sliding_attention"] * 2}, "no window is given"),
     "another kind of block": ("qwen3", {"layer_types": ["chunked_attention"] * 2}, "layer_types"),
     "kinds of too few blocks": ("qwen3", {"layer_types": ["full_attention"]}, "layer_types"),
@@ -145,6 +206,21 @@ SAME: dict[str, tuple[str, dict[str, Any]]] = {
         {"rope_parameters": {**LINEAR, "rope_theta": 10000.0}, "rope_scaling": {"type": "linear", "factor": 4}},
     ),
     "the older spelling": ("llama, grouped, biases", {"rope_parameters": "absent", "rope_theta": 500000}),
+    "windows in some blocks": ("qwen3", {"layer_types": MIXED, "use_sliding_window": True, "sliding_window": 8}),
+    "windows in the last blocks": (
+        "qwen3",
+        {"layer_types": "absent", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    ),
+    "a period of windows": ("cohere2", {"layer_types": "absent", "sliding_window_pattern": 2}),
+    "the older spelling of bases": (
+        "gemma3",
+        {
+            "rope_parameters": "absent",
+            "rope_theta": 10000.0,
+            "rope_local_base_freq": 100.0,
+            "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+        },
+    ),
     "no window for long": (
         "qwen3",
         {"layer_types": "absent", "use_sliding_window": True, "max_window_layers": "absent"},

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from megatron.checkpoint.huggingface.export_model import export
-from megatron.checkpoint.huggingface.families import FAMILIES
+from megatron.checkpoint.huggingface.families import FAMILIES, family_for
 from megatron.checkpoint.huggingface.import_model import adopt
 from megatron.checkpoint.huggingface.model_folder import Folder
 from megatron.checkpoint.load.stored_model import open_model
@@ -174,6 +174,30 @@ NEOX = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "seq_lengt
 def test_keys_that_a_family_cannot_express_are_named(family: str, settings: dict[str, Any], reported: str) -> None:
     config = resolve([], {**NEOX, **settings, "user_script": "generate.py"}).config
     assert reported in str(ConfigError(*FAMILIES[family].misfits(config.model)))
+
+
+PARTS: dict[str, Any] = {
+    "norm_placement": "sandwich",
+    "softmax_scale": 0.2,
+    "attn_logit_softcapping": 5.0,
+    "final_logit_softcapping": 5.0,
+    "scale_embeddings": True,
+    "embedding_multiplier": 2.0,
+    "residual_multiplier": 0.5,
+    "logit_scale": 2.0,
+    "layer_types": ["a", "a"],
+    "add_qkv_bias": False,
+}
+
+
+@pytest.mark.parametrize("key", PARTS)
+def test_no_family_leaves_a_part_out(key: str) -> None:
+    """GPT-NeoX, LLaMA and the like would be other models without it."""
+    keys = {**NEOX, key: PARTS[key], "user_script": "generate.py", "layer_type_options": {"a": {}}}
+    config = resolve([], keys).config
+    for family in ("neox", "llama", "mistral", "gpt2"):
+        with pytest.raises(ConfigError, match=rf"{key} = "):
+            family_for(config.model, config.moe, config.mixers, family)
 
 
 def test_one_norm_is_written_twice_and_read_once(tmp_path: Path) -> None:
