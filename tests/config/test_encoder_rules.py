@@ -23,6 +23,12 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"pos_emb": "alibi"}, "its biases of scores are those of earlier tokens"),
     ({"pos_emb": "rpe"}, "its biases of scores are those of earlier tokens"),
     ({"sliding_window_width": 8}, "a window is over earlier tokens"),
+    (
+        {"layer_types": ["a", "a"], "layer_type_options": {"a": {"sliding_window_width": 8}}},
+        "a window is over earlier tokens",
+    ),
+    ({"attn_logit_softcapping": 8.0}, "its attention and its head have no bounds"),
+    ({"final_logit_softcapping": 8.0}, "its attention and its head have no bounds"),
     ({"no_weight_tying": True}, "masked tokens are predicted by the word embedding's matrix"),
     ({"lora": {"rank": 4}}, "adapters are trained beside a causal model"),
     ({"soft_prompt_tuning": {"num_tokens": 4}}, "adapters are trained beside a causal model"),

@@ -212,16 +212,13 @@ def _head_width(draft: ConfigDraft) -> None:
 
 def _attention(draft: ConfigDraft) -> None:
     draft.derive("attention_config", expand_attention(draft["attention_config"], draft["num_layers"]))
+    if draft[TYPES] is not None:
+        draft.derive(TYPES, expand_attention(draft[TYPES], draft["num_layers"], TYPES))
 
 
 def _encoder(draft: ConfigDraft) -> None:
     for name, value in derive_encoder(draft["train_impl"], {name: draft[name] for name in ENCODER_KEYS}).items():
         draft.derive(name, value)
-
-
-def _layer_types(draft: ConfigDraft) -> None:
-    if draft[TYPES] is not None:
-        draft.derive(TYPES, expand_attention(draft[TYPES], draft["num_layers"], TYPES))
 
 
 def _adapters(draft: ConfigDraft) -> None:
@@ -387,9 +384,8 @@ DERIVATIONS: tuple[tuple[Callable[[ConfigDraft], None], frozenset[str]], ...] = 
     (_positions, _fills("max_position_embeddings")),
     (_key_heads, _fills("num_kv_heads")),
     (_head_width, _fills("kv_channels")),
-    (_attention, _fills("attention_config")),
+    (_attention, _fills("attention_config", TYPES)),
     (_encoder, _fills(*ENCODER_KEYS)),
-    (_layer_types, _fills(TYPES)),
     (_adapters, _fills()),
     (_precision, _fills("precision", "fp16", "bf16", "data_types")),
     (_loss_scale, _fills("dynamic_loss_scale")),

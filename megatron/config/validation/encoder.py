@@ -71,6 +71,11 @@ def _unusable(config: Config) -> Iterator[tuple[str, Any, str]]:
         yield "pos_emb", model.pos_emb, "its biases of scores are those of earlier tokens; use learned or rotary"
     if model.sliding_window_width is not None:
         yield "sliding_window_width", model.sliding_window_width, "a window is over earlier tokens"
+    elif any(block.sliding_window_width is not None for block in model.block_options):
+        yield "layer_types", list(model.layer_types or ()), "a window is over earlier tokens"
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if getattr(model, name) is not None:
+            yield name, getattr(model, name), "its attention and its head have no bounds"
     if model.no_weight_tying:
         yield "no_weight_tying", True, "masked tokens are predicted by the word embedding's matrix"
     if model.lora is not None or model.soft_prompt_tuning is not None:
