@@ -35,6 +35,11 @@ def expand_attention(pattern: Sequence[Any] | None, num_layers: int, key: str = 
     return kinds
 
 
+def expand_types(pattern: Sequence[Any] | None, num_layers: int) -> tuple[str, ...] | None:
+    """Returns the type of each block, by a pattern as above; None without one."""
+    return None if pattern is None else expand_attention(pattern, num_layers, TYPES)
+
+
 def layer_classes(num_layers: int, kinds: Sequence[str] = ()) -> list[str]:
     """Returns the class name of each layer, which `type:REGEX` matches. kinds: of the blocks; () for attention only."""
     named = {**CLASSES, "amlp": CLASSES["gmlp"]}

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron.config.cluster import Resources
 from megatron.config.derived.adapters import derive_lora, derive_soft_prompt
-from megatron.config.derived.attention import TYPES, expand_attention
+from megatron.config.derived.attention import TYPES, expand_attention, expand_types
 from megatron.config.derived.batch import (
     ACCUMULATION_STEPS,
     MICRO,
@@ -212,8 +212,7 @@ def _head_width(draft: ConfigDraft) -> None:
 
 def _attention(draft: ConfigDraft) -> None:
     draft.derive("attention_config", expand_attention(draft["attention_config"], draft["num_layers"]))
-    if draft[TYPES] is not None:
-        draft.derive(TYPES, expand_attention(draft[TYPES], draft["num_layers"], TYPES))
+    draft.derive(TYPES, expand_types(draft[TYPES], draft["num_layers"]))
 
 
 def _encoder(draft: ConfigDraft) -> None:

@@ -209,13 +209,8 @@ DEPENDENT: tuple[DependentKeys, ...] = (
     ),
     DependentKeys(
         (
-            "checkpoint_num_layers",
-            "recompute_method",
-            "partition_activations",
-            "checkpoint_in_cpu",
-            "contiguous_checkpointing",
-            "synchronize_each_layer",
-            "profile_backward",
+            *("checkpoint_num_layers", "recompute_method", "partition_activations", "checkpoint_in_cpu"),
+            *("contiguous_checkpointing", "synchronize_each_layer", "profile_backward"),
         ),
         _recomputes_blocks,
         "no block is recomputed (checkpoint_activations or recompute_granularity: full)",
@@ -247,14 +242,8 @@ DEPENDENT: tuple[DependentKeys, ...] = (
     DependentKeys(("load_fallback",), _loads, "nothing is loaded (load)"),
     DependentKeys(
         (
-            "checkpoint_factor",
-            "checkpoint_scale",
-            "checkpoint_async",
-            "extra_save_iters",
-            "keep_last_n_checkpoints",
-            "no_save_optim",
-            "no_save_rng",
-            "save_overwrite",
+            *("checkpoint_factor", "checkpoint_scale", "checkpoint_async", "extra_save_iters"),
+            *("keep_last_n_checkpoints", "no_save_optim", "no_save_rng", "save_overwrite"),
         ),
         _saves,
         "nothing is saved (save)",
