@@ -16,7 +16,7 @@ import torch
 
 from megatron.config.schema.data import DataSection
 from megatron.data.dataset import numba_loops
-from megatron.data.dataset.builder import build_data
+from megatron.data.dataset.builder import build_data, epoch_samples
 from megatron.data.dataset.gpt_dataset import SampleExtras, TokenSource
 from megatron.data.dataset.masked_builder import MaskedData
 from megatron.data.dataset.masked_dataset import MaskedSettings, PackedDocuments, SentencePairs
@@ -341,3 +341,21 @@ def test_errors_name_what_is_missing(tmp_path):
 
 def replace_workers(data):
     return data.model_copy(update={"num_workers": 0})
+
+
+@pytest.mark.parametrize("packed_too", [False, True])
+def test_passes_give_the_samples_of_all_documents(tmp_path, packed_too):
+    """Two passes of padded samples have twice the rows of one; packed ones have all tokens but those of the last."""
+    made = documents(least=2)
+    data = DataSection(data_path=write(tmp_path / "d", made), split="1,0,0", num_workers=0)
+    masked = MaskedData(TOKENS, sentence_order=not packed_too, packed=packed_too, short_seq_prob=0.0)
+    settings = {"seq_length": 64, "seed": SEED, "is_builder": True, "barrier": lambda: None, "masked": masked}
+    one, two = (epoch_samples(data, epochs=epochs, **settings) for epochs in (1, 2))
+    if packed_too:
+        tokens = sum(len(sentence) for document in made for sentence in document) + 2 * len(made)
+        assert (one, two) == ((tokens - 1) // 64, (2 * tokens - 1) // 64)
+    else:
+        assert two == 2 * one
+        bounds = np.concatenate([[0], np.cumsum([len(document) for document in made])])
+        sizes = [len(sentence) for document in made for sentence in document]
+        assert one == len(plain_rows(bounds, sizes, 61, 0.0, 2, SEED, 1))

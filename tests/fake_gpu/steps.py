@@ -28,10 +28,13 @@ from megatron.distributed.rng_tracker import TensorParallelRNG
 from megatron.engine.batch_copies import DeviceCopies
 from megatron.engine.bf16_step import Bf16Step
 from megatron.engine.deepspeed_engine import PlainEngine, keyed_parameters
+from megatron.kernels.documents import DocumentOffsets, attach_offsets
 from megatron.metrics.timers import no_wait
 from megatron.model.loss_function import LossFunction
+from megatron.model.loss_parts import LossParts
 from megatron.model.moe.losses import RouterLossTracker
 from megatron.objectives.language_model import LanguageModel
+from megatron.objectives.masked_language_model import MaskedLanguageModel
 from megatron.optim.grad_clip import GradientClipper
 from megatron.training.hooks.base import Hook, Hooks
 from megatron.training.loop import run_loop
@@ -43,6 +46,15 @@ from tests.training.schedules import plain_schedule
 
 STARTED_AT, ENDED_AT = 1, 4  # no step between them is reported
 MICRO_BATCHES = 2
+ENCODER = {
+    "attention_mask": "bidirectional",
+    "lm_head": "masked",
+    "bert_binary_head": True,
+    "num_token_types": 2,
+    "no_weight_tying": False,
+    "pos_emb": "learned",
+}
+PADDED = DocumentOffsets.of(torch.tensor([[0] * (models.LENGTH - 3) + [models.LENGTH - 3] * 3] * models.BATCH))
 aten = torch.ops.aten
 
 
@@ -160,6 +172,19 @@ class FakeBatches:
             yield MicroBatch(tokens, tokens, torch.ones(models.BATCH, models.LENGTH))
 
 
+class MaskedBatches:
+    """Endless micro batches of padded samples with two segments, on the host."""
+
+    def batches(self, consumed_samples: int = 0) -> Iterator[MicroBatch]:
+        tokens = torch.zeros(models.BATCH, models.LENGTH, dtype=torch.long)
+        starts, order = tokens.clone(), torch.zeros(models.BATCH, 1, dtype=torch.long)
+        starts[:, -3:] = models.LENGTH - 3
+        attach_offsets(starts, PADDED)  # which the loader's thread reads of real tensors
+        while True:
+            mask = torch.ones(models.BATCH, models.LENGTH)
+            yield MicroBatch(tokens, tokens, mask, starts, token_types=tokens, sentence_order=order)
+
+
 class QuietReporter:
     """Takes the place of the reporter; ends the loop."""
 
@@ -169,7 +194,12 @@ class QuietReporter:
 
 
 def engine_of(
-    module: Any, *, bf16: bool, fused: bool = True, losses: RouterLossTracker | None = None
+    module: Any,
+    *,
+    bf16: bool,
+    fused: bool = True,
+    losses: RouterLossTracker | None = None,
+    parts: LossParts | None = None,
 ) -> tuple[PlainEngine, RouterLossTracker | None]:
     """The engine around a model on the GPU."""
     topology = Topology.single()
@@ -196,7 +226,8 @@ def engine_of(
         random=TensorParallelRNG(1, 0, fake_cuda.DEVICE),
         clipper=clipper,
         router_losses=losses,
-        loss=LossFunction(LanguageModel(), topology.model, models.VOCABULARY - 6),
+        loss_parts=parts,
+        loss=LossFunction(MaskedLanguageModel() if parts else LanguageModel(), topology.model, models.VOCABULARY - 6),
     )
     made.prepare = lambda *_: None  # type: ignore[method-assign]
     return made, losses
@@ -216,7 +247,7 @@ def loop(module: Any, hooks: list[Hook] | None = None, **settings: Any) -> None:
         context = LoopContext(
             engine=engine,
             lr_schedule=lr_schedule,
-            train=FakeBatches(),
+            train=MaskedBatches() if settings.get("parts") else FakeBatches(),
             valid=None,
             reporter=reporter,
             stop_requested=lambda: False,
@@ -246,6 +277,12 @@ def experts() -> None:
     loop(models.build(dict(models.LLAMA), moe=moe, router_losses=losses), losses=losses)
 
 
+def masked() -> None:
+    """An encoder with both heads, in bfloat16."""
+    parts = LossParts()
+    loop(models.build(dict(ENCODER), loss_parts=parts, reset=True), parts=parts, bf16=True)
+
+
 class PlantedHook(Hook):
     """A hook with a bug."""
 
@@ -264,6 +301,7 @@ CASES: dict[str, Callable[[], None]] = {
     "fp32, ZeRO 0": lambda: loop(models.build(dict(models.LLAMA))),
     "bfloat16, ZeRO 1": lambda: loop(models.build(dict(models.LLAMA)), bf16=True),
     "experts": experts,
+    "masked tokens and order": masked,
     "planted: the loss is read": lambda: planted(lambda result: result.loss.item()),
     "planted: the flag is tested": lambda: planted(lambda result: bool(result.skipped)),
     "planted: a copy that waits": lambda: planted(lambda result: result.grad_norm.cpu()),
@@ -307,7 +345,7 @@ def main() -> None:
     cuda.stream, cuda.current_stream = lambda _: nullcontext(), NoStream
     Tensor.record_stream = lambda *_: None  # type: ignore[method-assign, assignment]
     # What was copied for an older step is on the host by then.
-    host_copy.HostCopy.read = lambda self: [1.0, 1.0, 0.0]  # type: ignore[method-assign]
+    host_copy.HostCopy.read = lambda self: [1.0, 1.0, 0.0, 0.0]  # type: ignore[method-assign]
     print(json.dumps({name: models.outcome(case) for name, case in CASES.items()}))
 
 

@@ -48,7 +48,7 @@ def encoders_do_not_generate(config: Config) -> Iterator[ConfigIssue]:
     what = "a bidirectional model predicts masked tokens and does not continue a text"
     script = config.launch.user_script
     if not trains(script) and Path(str(script)).name != CONVERSION:
-        hint = "its validation loss is what training reports; fine-tune it for a task, or load a causal model"
+        hint = "load a causal model; of an encoder training reports the loss on validation data"
         yield ConfigIssue(what, key="train_impl", value=config.training.train_impl, hint=hint)
     elif config.evaluation.eval_tasks:
         yield ConfigIssue(what, key="eval_tasks", value=list(config.evaluation.eval_tasks), hint="leave it out")
