@@ -1,13 +1,14 @@
 """Settings of LoRA and soft prompts, read from the configuration without torch.
 
 `lora`: each targeted matrix W becomes W + (alpha / rank) B A, where A [rank, in] and B [out, rank] are trained and B
-starts at zero (arXiv:2106.09685, section 4.1). The matrices that `modules_to_save` names, as peft calls it, are trained
-beside them as they are. `soft_prompt_tuning`: only vectors in front of the tokens are trained
-(arXiv:2104.08691, section 2).
+starts at zero (arXiv:2106.09685, section 4.1); with `rslora` the factor is alpha / sqrt(rank). The matrices that
+`modules_to_save` names, as peft calls it, are trained beside them as they are. `soft_prompt_tuning`: only vectors in
+front of the tokens are trained (arXiv:2104.08691, section 2).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -42,11 +43,13 @@ class LowRank:
     """Names of TARGETS, in that order."""
     modules_to_save: tuple[str, ...] = ()
     """Names of SAVED that are trained beside the adapters, in that order."""
+    rank_stabilized: bool = False
+    """True if the scale falls with the root of the rank (arXiv:2312.03732)."""
 
     @property
     def scale(self) -> float:
         """The factor of the product B A."""
-        return self.alpha / self.rank
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
 
     def modules(self) -> tuple[str, ...]:
         """Returns the targeted modules inside a block."""
@@ -54,7 +57,8 @@ class LowRank:
 
     def block(self) -> dict[str, Any]:
         """Returns the configuration's block with all defaults."""
-        numbers = {"rank": self.rank, "alpha": self.alpha, "dropout": self.dropout}
+        numbers: dict[str, Any] = {"rank": self.rank, "alpha": self.alpha, "dropout": self.dropout}
+        numbers |= {"rslora": True} if self.rank_stabilized else {}  # absent in earlier checkpoints
         return {**numbers, "targets": list(self.targets), "modules_to_save": list(self.modules_to_save)}
 
     def trained(self, *, tied: bool) -> frozenset[str]:
@@ -89,6 +93,7 @@ def low_rank(block: Block | None) -> LowRank | None:
         float(block.get("dropout") or 0.0),
         tuple(name for name in TARGETS if name in named),
         tuple(name for name in SAVED if name in trained),
+        block.get("rslora") is True,
     )
 
 

@@ -48,7 +48,7 @@ def _hint(error: str, example: str) -> str | None:
 
 
 def _lora_error(block: Block | None) -> str | None:
-    issue = _unknown_name_error(block, ("enabled", "rank", "alpha", "dropout", "targets", "modules_to_save"))
+    issue = _unknown_name_error(block, ("enabled", "rank", "alpha", "dropout", "targets", "modules_to_save", "rslora"))
     if issue is not None or block is None or not enabled(block):
         return issue
     if not _is_positive_int(block.get("rank")):
@@ -58,6 +58,8 @@ def _lora_error(block: Block | None) -> str | None:
         return f"alpha is a number above 0, not {alpha!r}"
     if dropout is not None and (not _is_number(dropout) or not 0 <= dropout < 1):
         return f"dropout is a probability below 1, not {dropout!r}"
+    if not isinstance(block.get("rslora", False), bool):
+        return f"rslora is true or false, not {block['rslora']!r}"
     return _targets_error(block) or _modules_error(block)
 
 

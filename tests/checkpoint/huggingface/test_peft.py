@@ -36,7 +36,7 @@ from tests.multi_rank import run_distributed
 STEPS, RATE, CLIP, DECAY = 10, 5e-3, 0.5, 0.1
 LENGTH = 24
 UPDATES = {"lora": {"rank": 4, "alpha": 12, "targets": "all"}}
-ROWS = {"lora": {"rank": 4, "alpha": 12, "targets": ["dense", "dense_4h_to_h"]}}
+ROWS = {"lora": {"rank": 4, "alpha": 6, "rslora": True, "targets": ["dense", "dense_4h_to_h"]}}
 BOTH = {"lora": {**UPDATES["lora"], "modules_to_save": ["embedding", "head"]}}
 NEW, PADDING = 2, 6
 PROMPT = {"soft_prompt_tuning": {"num_tokens": 5, "init_range": 0.2}}
