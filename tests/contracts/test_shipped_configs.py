@@ -42,6 +42,10 @@ PARAMETERS = {
     "cohere2/7B": 8_028_033_024,
     "granite/2B": 2_533_531_648,
     "starcoder2/7B": 7_173_923_840,
+    "qwen3_moe/30B-A3B": 30_532_122_624,
+    "qwen2_moe/14B-A2-7B": 14_315_784_192,
+    "olmoe/7B-A1B": 6_919_161_856,
+    "glm4_moe/106B-A12B": 106_852_245_504,  # of transformers' class, without the block that predicts further tokens
 }
 """As in the papers and on the model cards of the Hugging Face hub (arXiv:2204.06745; arXiv:2304.01373, table 1;
 huggyllama, meta-llama, mistralai and the authors of the others)."""

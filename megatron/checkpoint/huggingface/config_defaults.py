@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from megatron.checkpoint.huggingface.expert_defaults import EXPERT_ALIASES, EXPERT_DEFAULTS
 from megatron.checkpoint.huggingface.family import Settings
 from megatron.errors import ConfigError, ConfigIssue
 
@@ -276,6 +277,7 @@ DEFAULTS: Mapping[str, Settings] = {
     "opt": _OPT,
     "mpt": _MPT,
     "mamba": _MAMBA,
+    **EXPERT_DEFAULTS,
     "megatron-bert": _MEGATRON_BERT,
 }
 """model_type -> key -> the value of its class."""
@@ -296,6 +298,7 @@ ALIASES: Mapping[str, Mapping[str, str]] = {
     },
     "mpt": {"hidden_size": "d_model", "num_attention_heads": "n_heads", "num_hidden_layers": "n_layers"},
     "mixtral": {"num_experts": "num_local_experts"},
+    **EXPERT_ALIASES,
 }
 """model_type -> another name of a key -> the key."""
 

@@ -111,7 +111,7 @@ def export(
     _write_files(output, promises, largest_file)
     config: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
     config |= family.config(model, rows)
-    config |= family.experts.config(stored.moe) if family.experts else {}
+    config |= family.experts.config(model, stored.moe) if family.experts else {}
     config |= family.mixers.config(stored.mixers) if family.mixers else {}
     config |= {"pad_token_id": None} if family.class_pads else {}
     config |= dict(special or {}) | {"torch_dtype": _CALLED[dtype or _stored_dtype(stored, stored.table[0])]}
@@ -131,6 +131,7 @@ def _promises(
     source = held.get(row.ours)
     if source is None and shape.kind == "head":
         source = held["0.word_embeddings.weight"]
+    asked = None if shape.kind == "buffer" else asked  # transformers keeps them in fp32 too
     dtype = asked or _stored_dtype(stored, stored.table[0] if source is None else source)
     ours = torch.empty(shape.shape, device="meta")
     for part, theirs in enumerate(row.apart(_without_padding(shape, ours, rows))):

@@ -8,6 +8,7 @@ from typing import Any
 from megatron.checkpoint.huggingface.cohere2 import COHERE2
 from megatron.checkpoint.huggingface.family import ModelFamily, lacking_parts
 from megatron.checkpoint.huggingface.gemma import GEMMA2, GEMMA3
+from megatron.checkpoint.huggingface.glm4_moe import GLM4_MOE
 from megatron.checkpoint.huggingface.gpt2 import GPT2
 from megatron.checkpoint.huggingface.gpt_neox import GPT_NEOX
 from megatron.checkpoint.huggingface.granite import GRANITE
@@ -16,10 +17,12 @@ from megatron.checkpoint.huggingface.mamba import MAMBA
 from megatron.checkpoint.huggingface.megatron_bert import MEGATRON_BERT
 from megatron.checkpoint.huggingface.mpt import MPT
 from megatron.checkpoint.huggingface.olmo import OLMO2, OLMO3
+from megatron.checkpoint.huggingface.olmoe import OLMOE
 from megatron.checkpoint.huggingface.opt import OPT
 from megatron.checkpoint.huggingface.phi3 import PHI3
 from megatron.checkpoint.huggingface.plain_decoders import NEMOTRON, STARCODER2
 from megatron.checkpoint.huggingface.qwen import QWEN2, QWEN3
+from megatron.checkpoint.huggingface.qwen_moe import QWEN2_MOE, QWEN3_MOE
 from megatron.checkpoint.huggingface.smollm3 import SMOLLM3
 from megatron.config.schema.mixers import MixersSection
 from megatron.config.schema.model import ModelSection
@@ -29,7 +32,8 @@ from megatron.registry import BIDIRECTIONAL, CAUSAL, WITHOUT_ATTENTION
 
 EARLIER = (GPT_NEOX, LLAMA, MISTRAL, MIXTRAL, QWEN3, GPT2, OPT, MPT, MAMBA, MEGATRON_BERT)
 LATER = (QWEN2, GEMMA2, GEMMA3, OLMO2, OLMO3, SMOLLM3, PHI3, COHERE2, GRANITE, STARCODER2, NEMOTRON)
-FAMILIES = {family.name: family for family in (*EARLIER, *LATER)}
+WITH_EXPERTS = (QWEN2_MOE, QWEN3_MOE, OLMOE, GLM4_MOE)
+FAMILIES = {family.name: family for family in (*EARLIER, *LATER, *WITH_EXPERTS)}
 """In the order in which they are tried: a model that several can express keeps the family that it had."""
 
 
@@ -75,7 +79,7 @@ def _misfits(family: ModelFamily, model: ModelSection, moe: MoeSection, mixers: 
     if family.mixers is not None:
         errors += family.mixers.misfits(mixers)
     if family.experts is not None:
-        return errors + family.experts.misfits(moe)
+        return errors + family.experts.misfits(model, moe)
     if moe.moe_num_experts > 1:
         what = f"a model of the family {family.name} has no experts"
         errors.append(ConfigIssue(what, key="moe_num_experts", value=moe.moe_num_experts))

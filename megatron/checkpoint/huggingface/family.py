@@ -59,10 +59,10 @@ class TensorMapping:
 class ExpertsMapping:
     """How a family says that its blocks have experts."""
 
-    misfits: Callable[[MoeSection], list[ConfigIssue]]
+    misfits: Callable[[ModelSection, MoeSection], list[ConfigIssue]]
     """What of a moe section its configuration cannot say."""
-    config: Callable[[MoeSection], Settings]
-    """Our section -> config.json."""
+    config: Callable[[ModelSection, MoeSection], Settings]
+    """Our sections -> config.json."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,8 @@ class ModelFamily:
     """Endings of their names that hold no weights (masks, tables of frequencies) and are left out."""
     parts: frozenset[str] = frozenset()
     """Of the keys above, those that its configuration can say; `misfits` compares their values."""
+    spare_blocks: bool = False
+    """Whether files may hold blocks behind the last one, which transformers leaves out."""
     class_pads: bool = False
     """Where config.json names no padding token, their class names that of the public models."""
     prefix: str = ""

@@ -188,11 +188,11 @@ MISTRAL = ModelFamily(
 )
 
 
-def _mixtral_misfits(moe: MoeSection) -> list[ConfigIssue]:
+def _mixtral_misfits(model: ModelSection, moe: MoeSection) -> list[ConfigIssue]:
     return expert_misfits(moe, "Mixtral", moe_normalize_top_k=True)
 
 
-def _mixtral_experts(moe: MoeSection) -> Settings:
+def _mixtral_experts(model: ModelSection, moe: MoeSection) -> Settings:
     return {
         "num_local_experts": moe.moe_num_experts,
         "num_experts_per_tok": moe.moe_top_k,

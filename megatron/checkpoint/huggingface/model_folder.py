@@ -5,6 +5,7 @@ Nothing is copied before it is asked for, and no code of the folder runs.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -150,8 +151,14 @@ def _named(folder: Folder) -> dict[str, Source]:
     return {
         prefix + name if bare else name: source
         for name, source in folder.tensors.items()
-        if not name.endswith(folder.family.spare)
+        if not name.endswith(folder.family.spare) and not _is_behind(folder, name)
     }
+
+
+def _is_behind(folder: Folder, name: str) -> bool:
+    """Whether a tensor is of a block behind the last one, which predicts further tokens."""
+    block = re.search(r"layers\.(\d+)\.", name) if folder.family.spare_blocks else None
+    return block is not None and int(block[1]) >= folder.config["num_hidden_layers"]
 
 
 def _name_tied_embedding(folder: Folder, rows: Sequence[TensorMapping], named: dict[str, Source]) -> None:

@@ -14,6 +14,8 @@ from transformers import (
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
@@ -36,6 +38,8 @@ from transformers import (
     Olmo2ForCausalLM,
     Olmo3Config,
     Olmo3ForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     Phi3Config,
@@ -43,8 +47,12 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     SmolLM3Config,
     SmolLM3ForCausalLM,
     Starcoder2Config,
@@ -144,6 +152,50 @@ DENSE: dict[str, Callable[[], PreTrainedModel]] = {
     "nemotron": lambda: NemotronForCausalLM(NemotronConfig(**_without("rms_norm_eps"), attention_bias=True)),
 }
 """The dense families whose blocks differ from LLaMA's in more than their numbers -> makes the model."""
+_GLM = {
+    **_NEW,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "rope_parameters": {"partial_rotary_factor": 0.5, **_PLAIN},
+}
+MIXTURES: dict[str, Callable[[], PreTrainedModel]] = {
+    "qwen2_moe": lambda: Qwen2MoeForCausalLM(
+        Qwen2MoeConfig(
+            **_NEW,
+            num_experts=8,
+            num_experts_per_tok=3,
+            moe_intermediate_size=24,
+            shared_expert_intermediate_size=40,
+            decoder_sparse_step=2,
+        )
+    ),
+    "qwen3_moe": lambda: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            **_NEW,
+            num_experts=8,
+            num_experts_per_tok=3,
+            moe_intermediate_size=24,
+            norm_topk_prob=True,
+            mlp_only_layers=[0],
+            head_dim=24,
+        )
+    ),
+    "olmoe": lambda: OlmoeForCausalLM(OlmoeConfig(**_NEW, num_experts=8, num_experts_per_tok=3)),
+    "glm4_moe": lambda: Glm4MoeForCausalLM(
+        Glm4MoeConfig(
+            **_GLM,
+            n_group=4,
+            topk_group=2,
+            routed_scaling_factor=2.5,
+            n_shared_experts=2,
+            attention_bias=True,
+            use_qk_norm=True,
+        )
+    ),
+    "glm4_moe, one group, all blocks": lambda: Glm4MoeForCausalLM(Glm4MoeConfig(**_GLM, first_k_dense_replace=0)),
+}
+"""Families with experts beside Mixtral -> makes the model."""
 MODELS = {
     "neox": lambda: _neox(rotary_pct=0.25),
     "neox, one residual, tied": lambda: _neox(use_parallel_residual=False, rotary_pct=1.0, tie_word_embeddings=True),
@@ -174,6 +226,7 @@ MODELS = {
         GPT2Config(**_GPT2, activation_function="gelu", tie_word_embeddings=False, n_inner=100)
     ),
     **DENSE,
+    **MIXTURES,
 }
 """Name -> makes the model."""
 
@@ -186,6 +239,9 @@ def make(name: str) -> PreTrainedModel:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.add_(torch.randn(buffer.shape, generator=generator) * 0.1)
     return model
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from megatron.checkpoint.huggingface.model_folder import Folder
 from megatron.config import Resources, resolve
 from megatron.distributed.mesh import Topology
 from megatron.engine.builder import build_inference_engine
+from tests.checkpoint.huggingface.random_mixtures import MIXTURES
 
 VOCABULARY, LENGTH, POSITIONS = 48, 20, 32
 Settings = dict[str, Any]
@@ -301,6 +303,10 @@ def _mamba(chance: random.Random) -> Settings:
     }
 
 
+def _with_experts(draw: Callable[[random.Random, Settings], Settings], chance: random.Random) -> Settings:
+    return draw(chance, _llama(chance))
+
+
 DRAWN: dict[str, Callable[[random.Random], Settings]] = {
     "gpt_neox": _neox,
     "llama": _llama,
@@ -318,6 +324,7 @@ DRAWN: dict[str, Callable[[random.Random], Settings]] = {
     "granite": _granite,
     "starcoder2": _starcoder2,
     "nemotron": _nemotron,
+    **{name: partial(_with_experts, draw) for name, draw in MIXTURES.items()},
     "gpt2": _gpt2,
     "opt": _opt,
     "mpt": _mpt,

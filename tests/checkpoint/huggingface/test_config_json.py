@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron.checkpoint.huggingface.config_defaults import ALIASES, DEFAULTS
 from megatron.checkpoint.huggingface.export_model import ExportOptions, export
-from megatron.checkpoint.huggingface.families import FAMILIES, LATER, family_for
+from megatron.checkpoint.huggingface.families import FAMILIES, LATER, WITH_EXPERTS, family_for
 from megatron.checkpoint.huggingface.import_model import adopt
 from megatron.checkpoint.huggingface.model_folder import Folder
 from megatron.checkpoint.load.stored_model import open_model
@@ -25,6 +25,8 @@ from tests.checkpoint.huggingface.models import make, save, tokens
 from tests.checkpoint.huggingface.random_models import answer, ours, write
 
 VOCABULARY = 48
+EXPERTS = {"hidden_size": 64, "num_attention_heads": 16, "num_hidden_layers": 1, "intermediate_size": 40}
+EXPERTS |= {"moe_intermediate_size": 16}
 SIZES: dict[str, dict[str, Any]] = {
     "gpt_neox": {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1, "intermediate_size": 40},
     "llama": {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "intermediate_size": 40},
@@ -48,6 +50,10 @@ SIZES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 1,
         "intermediate_size": 40,
     },
+    "qwen2_moe": {**EXPERTS, "num_experts": 8, "shared_expert_intermediate_size": 24},
+    "qwen3_moe": {**EXPERTS, "num_experts": 8, "num_experts_per_tok": 4},
+    "olmoe": {**EXPERTS, "num_experts": 8, "num_experts_per_tok": 4},
+    "glm4_moe": {**EXPERTS, "n_routed_experts": 16, "num_hidden_layers": 2},
     "gpt2": {"n_embd": 32, "n_head": 4, "n_layer": 1},
     "opt": {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "ffn_dim": 40},
     "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 1},
@@ -89,13 +95,14 @@ CHANGES_NOTHING = frozenset(
     {
         *("initializer_range", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "attention_dropout"),
         *("transformers_version", "architectures", "output_hidden_states", "output_attentions", "return_dict", "dtype"),
+        *("output_router_logits", "num_nextn_predict_layers", "max_window_layers"),  # the last without windows
         *("chunk_size_feed_forward", "is_encoder_decoder", "id2label", "label2id", "problem_type"),
     }
 )
 """What of a class does not change what a model says, or only when it is trained with dropout."""
 
 
-@pytest.mark.parametrize("family", [family.model_type for family in LATER])
+@pytest.mark.parametrize("family", [family.model_type for family in (*LATER, *WITH_EXPERTS)])
 def test_no_field_of_the_class_goes_unread(family: str) -> None:
     """A further field in another release would be one that we do not understand."""
     fields = {name for name in AutoConfig.for_model(family).to_dict() if not name.startswith("_")}
@@ -370,7 +377,7 @@ def test_the_family_that_is_meant_reports_what_is_in_the_way() -> None:
     }
     experts = {"moe_num_experts": 4, "pos_emb": "rotary", "norm": "rmsnorm", "moe_router_type": "topk"}
     config = resolve([], {**base, **experts, "moe_top_k": 2}, Resources(1)).config
-    with pytest.raises(ConfigError, match="a Mixtral model has") as reported:
+    with pytest.raises(ConfigError, match=r"a (Mixtral|Qwen3-MoE) model has") as reported:
         family_for(config.model, config.moe, config.mixers)
     assert "has no experts" not in str(reported.value)
     mamba = {"attention_config": [[["mamba"], "all"]], "norm": "layernorm", "pos_emb": "none"}

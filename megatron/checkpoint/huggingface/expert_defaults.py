@@ -1,0 +1,102 @@
+"""What config.json of families with experts means where it leaves a key out; see config_defaults.py.
+
+Source: the configuration classes of transformers 5.23 and 4.57.6, which agree in all of this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from megatron.checkpoint.huggingface.family import Settings
+
+_ALL: Settings = {
+    "head_dim": None,  # hidden_size / heads
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "rope_theta": 10000,
+    "attention_dropout": 0.0,
+}
+_QWEN: Settings = _ALL | {
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "num_hidden_layers": 24,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "use_sliding_window": False,
+    "sliding_window": None,  # not in use
+    "layer_types": None,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": None,
+    "norm_topk_prob": False,
+    "router_aux_loss_coef": 0.001,
+}
+EXPERT_DEFAULTS: Mapping[str, Settings] = {
+    "qwen2_moe": _QWEN
+    | {
+        "intermediate_size": 5632,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "moe_intermediate_size": 1408,
+        "shared_expert_intermediate_size": 5632,
+        "num_experts_per_tok": 4,
+        "num_experts": 60,
+        "qkv_bias": True,
+    },
+    "qwen3_moe": _QWEN
+    | {
+        "intermediate_size": 6144,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "moe_intermediate_size": 768,
+        "num_experts_per_tok": 8,
+        "num_local_experts": 128,
+        "attention_bias": False,
+    },
+    "olmoe": _ALL
+    | {
+        "vocab_size": 50304,
+        "hidden_size": 2048,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 16,
+        "num_key_value_heads": None,  # as many as heads
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "attention_bias": False,
+        "clip_qkv": None,
+        "num_experts_per_tok": 8,
+        "num_experts": 64,
+        "router_aux_loss_coef": 0.01,
+        "norm_topk_prob": False,
+    },
+    "glm4_moe": _ALL
+    | {
+        "vocab_size": 151552,
+        "hidden_size": 4096,
+        "intermediate_size": 10944,
+        "num_hidden_layers": 46,
+        "num_attention_heads": 96,
+        "num_key_value_heads": 8,
+        "partial_rotary_factor": 0.5,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "attention_bias": False,
+        "moe_intermediate_size": 1408,
+        "num_experts_per_tok": 8,
+        "n_shared_experts": 1,
+        "n_routed_experts": 128,
+        "routed_scaling_factor": 1.0,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "norm_topk_prob": True,
+        "use_qk_norm": False,
+    },
+}
+"""model_type -> key -> the value of its class."""
+EXPERT_ALIASES: Mapping[str, Mapping[str, str]] = {
+    "qwen3_moe": {"num_experts": "num_local_experts"},
+    "olmoe": {"num_local_experts": "num_experts"},
+    "glm4_moe": {"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"},
+}
+"""model_type -> another name of a key -> the key."""
