@@ -29,6 +29,16 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ),
     ({"attn_logit_softcapping": 8.0}, "its attention and its head have no bounds"),
     ({"final_logit_softcapping": 8.0}, "its attention and its head have no bounds"),
+    (
+        {
+            "layer_types": [[["near", "full"], 1]],
+            "layer_type_options": {"near": {"sliding_window_width": 8}, "full": {}},
+        },
+        "layer_type_options = ",
+    ),
+    ({"attn_logit_softcapping": 30.0}, "its attention has no bound of scores"),
+    ({"final_logit_softcapping": 30.0}, "its logits have a bias and no bound"),
+    ({"logit_scale": 0.5}, "which the factor would leave out"),
     ({"no_weight_tying": True}, "masked tokens are predicted by the word embedding's matrix"),
     ({"lora": {"rank": 4}}, "adapters are trained beside a causal model"),
     ({"soft_prompt_tuning": {"num_tokens": 4}}, "adapters are trained beside a causal model"),

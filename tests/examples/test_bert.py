@@ -12,7 +12,7 @@ from megatron.metrics.sinks.jsonl import read_metrics
 from tests.examples.scripts import EXAMPLES, SMALL, flags, run, write_text
 
 
-@pytest.mark.parametrize("form", ["megatron", "modern"])
+@pytest.mark.parametrize("form", ["megatron", pytest.param("modern", marks=pytest.mark.long)])
 def test_from_raw_text_to_a_trained_encoder(form: str, tmp_path: Path) -> None:
     write_text(tmp_path / "text.jsonl", 20)
     small = {**SMALL, "optimizer": {"type": "Adam", "params": {"lr": 0.003}}, "train_batch_size": 8, "num_gpus": 1}

@@ -33,6 +33,9 @@ def _misfits(model: ModelSection) -> list[ConfigIssue]:
     expected = {"norm": "layernorm", "pos_emb": "learned", "gpt_j_residual": False, "use_bias_in_norms": True}
     expected |= {"activation": "gelu", "num_kv_heads": model.num_attention_heads, "opt_pos_emb_offset": 0}
     expected |= {"use_bias_in_mlp": True, "use_bias_in_attn_linear": True, "use_qk_layernorm": False}
+    expected |= {"norm_placement": "pre", "softmax_scale": None, "scale_embeddings": False, "embedding_multiplier": 1.0}
+    expected |= {"residual_multiplier": 1.0, "layer_types": None}
+    expected |= {"add_qkv_bias": model.add_qkv_bias if model.add_qkv_bias is not False else None}
     errors = unlike(model, expected, "Megatron-BERT") + special_attention(model, "Megatron-BERT")
     dims = ModelDims.of(model)
     if dims.head_dim * dims.num_attention_heads != dims.hidden_size:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,15 @@ def _unusable(config: Config) -> Iterator[tuple[str, Any, str]]:
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
         if getattr(model, name) is not None:
             yield name, getattr(model, name), "its attention and its head have no bounds"
+    options = model.layer_type_options or {}
+    if any("sliding_window_width" in own for own in options.values() if isinstance(own, Mapping)):
+        yield "layer_type_options", dict(options), "a window is over earlier tokens"
+    if model.attn_logit_softcapping is not None:
+        yield "attn_logit_softcapping", model.attn_logit_softcapping, "its attention has no bound of scores"
+    if model.final_logit_softcapping is not None:
+        yield "final_logit_softcapping", model.final_logit_softcapping, "its logits have a bias and no bound"
+    if model.logit_scale != 1.0:
+        yield "logit_scale", model.logit_scale, "its logits have a bias, which the factor would leave out"
     if model.no_weight_tying:
         yield "no_weight_tying", True, "masked tokens are predicted by the word embedding's matrix"
     if model.lora is not None or model.soft_prompt_tuning is not None:

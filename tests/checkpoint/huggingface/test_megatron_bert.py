@@ -115,8 +115,7 @@ def expected(theirs: PreTrainedModel, kind: str) -> Answers:
     return logits, losses
 
 
-@pytest.mark.parametrize("kind", CLASSES)
-@pytest.mark.parametrize("model_size", [1, 2])
+@pytest.mark.parametrize(("kind", "model_size"), [("pretraining", 2), ("masked", 1)])
 def test_there_and_back_changes_no_bit(kind: str, model_size: int, tmp_path: Path) -> None:
     theirs = make(kind)
     theirs.save_pretrained(tmp_path / "theirs")
