@@ -57,6 +57,7 @@ def test_the_logits_are_those_of_the_dense_model(name: str, dense: Path, tmp_pat
 
 
 def test_a_run_begins_with_it(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With a balancing bias too, which the checkpoint has not, and which begins at 0."""
     arguments = [f"--load-dir={dense}", f"--save-dir={tmp_path / 'made'}", *EXPERTS["softmax"]]
     assert upcycle.main([*arguments, BIASES]) == 0
     assert "the model with experts" in capsys.readouterr().out
@@ -64,7 +65,12 @@ def test_a_run_begins_with_it(dense: Path, tmp_path: Path, capsys: pytest.Captur
     settings = {**MODEL, "activation": config["activation"], "data_path": str(dense.parent / "text")}
     settings |= {"moe_num_experts": 4, "moe_top_k": 2, "moe_layer_freq": [1, 0, 1], "moe_router_type": "topk"}
     settings |= {"moe_normalize_top_k": True, "moe_use_bias_in_experts": True}
+    settings |= {"moe_router_enable_expert_bias": True, "save": str(tmp_path / "tuned")}
     begun = run(1, tmp_path, **settings, load=str(tmp_path / "made"), finetune=True)
+    tuned = open_model(tmp_path / "tuned")
+    biases = [tuned.full_tensor(shape) for shape in tuned.table if shape.kind == "buffer"]
+    assert len(biases) == 2
+    assert all(0 < bias.abs().max() <= 2.1e-3 for bias in biases)
     losses = series(begun, "train/lm_loss")
     assert losses[1] < losses[0]
 

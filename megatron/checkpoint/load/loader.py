@@ -271,7 +271,7 @@ def read_weights(checkpoint: Checkpoint, topology: Topology, requested: Sequence
     missing, unexpected or has another shape.
     """
     stored = checkpoint.weights
-    found, added = stored.keys(), {key_of(shape) for shape in checkpoint.table if is_adapter_tensor(shape)}
+    found, added = stored.keys(), {key_of(shape) for shape in checkpoint.table if _begins_anew(shape)}
     expected = {key_of(shape) for shape in checkpoint.table}
     unexpected, missing = sorted(found - expected), sorted(expected - found)
     anew = added.intersection(missing) if checkpoint.may_add else set()
@@ -292,6 +292,11 @@ def read_weights(checkpoint: Checkpoint, topology: Topology, requested: Sequence
                 master = state.shard(key, MASTER, model_rank=axis.rank, model_size=axis.size)
                 result[key] = master.view(tensor.shape)
     return result
+
+
+def _begins_anew(shape: TensorShape) -> bool:
+    """Whether a model that is trained on may get the tensor: adapters, and the biases that balance experts."""
+    return is_adapter_tensor(shape) or shape.kind == "buffer"
 
 
 def _strangers(unexpected: list[str], missing: list[str], added: set[str], location: str) -> list[ConfigIssue]:
