@@ -141,3 +141,19 @@ def test_eight_bit_state_resumes_and_trains_on_the_way_of_thirty_two(
     resumed = losses(name, 2, tmp_path / "parts", dataset, **low, **saved)
     assert resumed == pytest.approx(full, rel=1e-6)  # the scale of a block comes back to its last bit but one
     assert full == pytest.approx(single[name], rel=2e-2)
+
+
+def test_a_moving_average_is_evaluated_beside_the_weights_and_resumed(dataset: str, tmp_path: Path) -> None:
+    """Training is the same bit by bit with and without it; a resume goes on with the stored average."""
+    saved = {"save": str(tmp_path / "save"), "load": str(tmp_path / "save"), "checkpoint_factor": 100}
+    settings = {"data_path": dataset, "optimizer": chosen("adam"), **STEPS, "eval_interval": 5}
+    plain = run(1, tmp_path / "plain", **settings)
+    full = run(1, tmp_path / "full", ema_decay=0.8, **settings)
+    run(1, tmp_path / "parts", ema_decay=0.8, exit_interval=4, **saved, **settings)
+    resumed = run(1, tmp_path / "parts", ema_decay=0.8, **saved, **settings)
+    for split in ("train", "validation"):
+        assert series(full, f"{split}/lm_loss") == series(plain, f"{split}/lm_loss")
+    assert series(resumed, "validation_ema/lm_loss") == series(full, "validation_ema/lm_loss")
+    averaged, own = series(full, "validation_ema/lm_loss")[-1], series(full, "validation/lm_loss")[-1]
+    assert own + 0.05 < averaged < series(plain, "train/lm_loss")[0]
+    assert not any("validation_ema/lm_loss" in record for record in plain)
