@@ -137,7 +137,8 @@ def _qwen2(chance: random.Random) -> Settings:
 
 def _typed_rope(chance: random.Random, *, local: str | None) -> Settings:
     """Positions by the kind of block, in either spelling, both alike or contradicting each other."""
-    full, sliding = chance.choice([None, 10000.0, 500000.0]), chance.choice([None, 100.0, 10000.0])
+    full = chance.choice([None, 10000.0, 500000.0, 500000.0, 500000.0])  # what all releases give OLMo 3 alike
+    sliding = chance.choice([None, 100.0, 10000.0])
     scaling = chance.choice([None, {"rope_type": "linear", "factor": 4.0}, _scaling(chance)])
     older: Settings = {} if full is None else {"rope_theta": full}
     older |= {local: sliding} if local and sliding else {}
