@@ -367,6 +367,20 @@ MUTANTS = (
         ("checkpoint/huggingface/test_conversion.py",),
     ),
     Mutant(
+        "a norm over all heads leaves out the heads of other ranks",
+        "model/norms/across_heads.py",
+        "with_grad(squares, self.axis, all_reduced, all_reduced)",
+        "self.axis.size * squares",
+        ("checkpoint/huggingface/test_dense_families.py",),
+    ),
+    Mutant(
+        "rotated pairs are not reordered on import",
+        "checkpoint/huggingface/cohere2.py",
+        "pairs_interleaved=True",
+        "pairs_interleaved=False",
+        ("checkpoint/huggingface/test_conversion.py",),
+    ),
+    Mutant(
         "a damaged file passes the hash",
         "checkpoint/format/integrity.py",
         "elif contents and files.digest(path) != ",
