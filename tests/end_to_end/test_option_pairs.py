@@ -40,6 +40,12 @@ INITS = [
     "small_init",
     "single_residual_scaled_normal",
 ]
+EXPERTS: Keys = {
+    "moe_num_experts": 4,
+    "moe_router_type": "topk",
+    "moe_ffn_hidden_size": 24,
+    "moe_shared_expert_intermediate_size": 16,
+}
 FACTORS: dict[str, list[Keys]] = {
     "positions": [
         {name: value for name, value in case.items() if name != "num_kv_heads"} for case in POSITION_CASES.values()
@@ -72,6 +78,22 @@ FACTORS: dict[str, list[Keys]] = {
         {"use_bias_in_attn_linear": False},
         {"use_bias_in_mlp": False},
         {"use_bias_in_attn_linear": False, "add_qkv_bias": True},
+    ],
+    "experts": [
+        {},
+        {**EXPERTS, "moe_use_bias_in_experts": True, "moe_shared_expert_gate": True, "moe_top_k": 1},
+        {
+            **EXPERTS,
+            "moe_top_k": 2,
+            "moe_first_k_dense_replace": 1,
+            "moe_normalize_top_k": True,
+            "moe_router_score_function": "sigmoid",
+            "moe_router_num_groups": 2,
+            "moe_router_group_topk": 1,
+            "moe_router_topk_scaling_factor": 1.5,
+            "moe_router_enable_expert_bias": True,
+        },
+        {**EXPERTS, "moe_top_k": 2, "moe_layer_freq": [1, 0], "moe_router_pre_softmax": False},
     ],
     "dropout": [{}, {"hidden_dropout": 0.1}, {"attention_dropout": 0.1}],
     "recompute": [{}, {"checkpoint_activations": True}, {"recompute_granularity": "selective"}],
