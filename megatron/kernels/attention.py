@@ -146,8 +146,7 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, view: Attent
         group = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
         scores = view.capped((q @ k.transpose(-1, -2)).float() / math.sqrt(q.shape[-1]))  # [b, n, s, keys]
-        added = torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -torch.inf)
-        scores = scores + (added if mask.dtype == torch.bool else mask)
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
         return scores.softmax(-1).to(v.dtype) @ v
     mask = mask if mask.dtype == torch.bool else mask.to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])

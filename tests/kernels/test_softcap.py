@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron.kernels import flash_attention as flash
 from megatron.kernels import softmax_attention as memory
-from megatron.kernels.attention import cpu_attention, plain_attention, sdpa_attention
+from megatron.kernels.attention import cpu_attention, masked_attention, plain_attention, sdpa_attention
 from megatron.kernels.attention_patterns import AttentionMask, Window, window_for_package
 from megatron.kernels.cpp_attention import cpp_attention_unavailable
 from megatron.kernels.flex_attention import flex_attention
@@ -52,6 +52,19 @@ def test_values_and_gradients_are_the_formula_s(name: str, kernel: str) -> None:
     grads = [torch.autograd.grad(out, parts, grad) for out in (found, expected)]
     for got, right in zip(*grads, strict=True):
         torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["causal", "alibi"])
+def test_cached_rows_are_bounded_before_a_mask_is_added(name: str) -> None:
+    """The cache hides keys by a bool mask, and by a float one where positions add to the scores."""
+    parts, view = [part.detach() for part in inputs(2)[0]], VIEWS[name]
+    length = parts[0].shape[2]
+    distance = torch.arange(length)[None, :] - torch.arange(length)[:, None]  # [s, keys]
+    mask = distance <= 0
+    if view.slopes is not None:
+        mask = (view.slopes[:, None, None] * distance).masked_fill(~mask, -torch.inf)[None]
+    found = masked_attention(*parts, mask, view)
+    torch.testing.assert_close(found, formula(*parts, view), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", VIEWS)

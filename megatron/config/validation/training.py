@@ -125,6 +125,23 @@ def outliers_are_found_by_their_loss(config: Config) -> Iterator[ConfigIssue]:
         )
 
 
+def left_out_steps_leave_no_gradients(config: Config) -> Iterator[ConfigIssue]:
+    """DeepSpeed leaves gradients that are not finite in the host's memory, and applies no step after that."""
+    zero = config.deepspeed.zero_optimization or {}
+    on_host = (zero.get("offload_optimizer") or {}).get("device") == "cpu"
+    if config.precision.precision != "bfloat16" or config.deepspeed.zero_stage not in (1, 2) or not on_host:
+        return
+    asked = {"skip_outlier_steps": config.training.skip_outlier_steps, "on_nan": config.training.on_nan}
+    for key, value in asked.items():
+        if value not in (None, "stop"):
+            yield ConfigIssue(
+                "in bfloat16 with offload_optimizer, ZeRO 1 and 2 apply no step after one that is left out",
+                key=key,
+                value=value,
+                hint="use ZeRO stage 3, leave offload_optimizer out, or leave this out",
+            )
+
+
 def fp16_loss_needs_fp16(config: Config) -> Iterator[ConfigIssue]:
     """The loss can be computed in fp16 only where the logits are fp16."""
     if config.kernels.fp16_lm_cross_entropy and config.precision.precision != "fp16":

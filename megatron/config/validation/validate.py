@@ -91,6 +91,7 @@ RULES: tuple[Rule, ...] = (
     optimizer.nesterov_needs_momentum,
     layout.sequence_parallel_needs_tensor_parallel,
     training.fp16_loss_needs_fp16,
+    training.left_out_steps_leave_no_gradients,
     training.outliers_are_found_by_their_loss,
     mixers.mixers_limit_layouts,
     mixers.mixer_widths_divide,
