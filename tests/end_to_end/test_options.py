@@ -107,7 +107,7 @@ EXPORTED: dict[tuple[str, str], tuple[str, Keys]] = {
     ("activations", "geglu"): ("llama", {**LLAMA, "activation": "geglu", "gpt_j_residual": False, "gpt_j_tied": False}),
     ("positions", "alibi"): ("mpt", MPT),
     ("norms", "layernorm without bias"): ("mpt", MPT),
-    ("activations", "mish"): ("neox", NEOX),
+    ("activations", "mish"): ("neox", {**NEOX, "num_kv_heads": 4, "kv_channels": 16}),
     ("attention", "global"): ("neox", NEOX),
     ("attention", "flash"): ("neox", NEOX),
     ("attention", "sliding window"): ("mistral", LLAMA),
