@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron.data.dataset.document_starts import document_starts
-from megatron.kernels.documents import attach_offsets, attached_tensors, offsets_of
+from megatron.kernels.documents import DocumentOffsets, attach_offsets, attached_tensors, offsets_of
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class MicroBatch:
         moved = self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
         here, there = self.document_starts, moved.document_starts
         if here is not None and there is not None and here.device.type == "cpu" != there.device.type:
-            offsets = offsets_of(here)
+            offsets = offsets_of(here) if attached_tensors(here) else DocumentOffsets.of(here)
             offsets = offsets.pin_memory() if here.is_pinned() else offsets
             attach_offsets(there, offsets.to(device, non_blocking=non_blocking))
         return moved

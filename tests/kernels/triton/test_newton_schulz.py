@@ -24,7 +24,12 @@ def test_symmetric_products_are_those_of_float64(dtype: torch.dtype, shape: tupl
     ):
         scale = max(1.0, expected.abs().max().item())
         assert (found.double() - expected).abs().max().item() < TOLERANCE[dtype] * scale
-        assert torch.equal(found, found.transpose(1, 2))
+        apart = (
+            found - found.transpose(1, 2)
+        ).abs()  # a block on the diagonal is as symmetric as the product of the CPU
+        assert apart.max().item() < TOLERANCE[dtype] * scale
+        for start in range(0, shape[1], 64):
+            assert torch.equal(apart[:, start + 64 :, start : start + 64].count_nonzero(), torch.tensor(0))
 
 
 @pytest.mark.parametrize("shape", [(40, 90), (90, 40), (64, 64), (2, 30, 20)], ids=str)
