@@ -46,7 +46,7 @@ def _zero1_limits_muon(config: Config) -> Iterator[ConfigIssue]:
             value=value,
             hint="set zero_optimization: {stage: 1} and leave grad_accum_dtype out, or use fp32",
         )
-    if _offloads(config):
+    if offloads(config):
         yield ConfigIssue(
             f"{kind} updates whole matrices on the model's device, and offload_optimizer flat partitions on the host",
             key="zero_optimization",
@@ -113,7 +113,7 @@ def one_average_of_the_weights(config: Config) -> Iterator[ConfigIssue]:
         message, hint = "the decay is not between 0 and 1", "write a number such as 0.999"
     elif kind == "schedulefree":
         message, hint = f"{kind} averages the weights itself", "leave ema_decay out, or use adam"
-    elif _offloads(config, "nvme"):
+    elif offloads(config, "nvme"):
         message, hint = "the fp32 weights are on a disk, and their average is in memory", "offload to the cpu"
     else:
         return
@@ -122,7 +122,7 @@ def one_average_of_the_weights(config: Config) -> Iterator[ConfigIssue]:
 
 def iterates_are_averaged_in_memory(config: Config) -> Iterator[ConfigIssue]:
     """An evaluation of a schedule-free optimizer exchanges the weights for their average."""
-    if config.optimizer.optimizer_type == "schedulefree" and _offloads(config, "nvme"):
+    if config.optimizer.optimizer_type == "schedulefree" and offloads(config, "nvme"):
         yield ConfigIssue(
             "schedulefree exchanges the weights for their average at evaluations, and they are on a disk",
             key="zero_optimization",
@@ -136,7 +136,7 @@ def host_memory_holds_parameters(config: Config) -> Iterator[ConfigIssue]:
     kind = config.optimizer.optimizer_type
     if "cpu_offload" not in OPTIMIZERS.entry(kind).traits or config.launch.distributed_backend != "nccl":
         return
-    if not _offloads(config):
+    if not offloads(config):
         yield ConfigIssue(
             f"{kind} updates in the host's memory, and the parameters are on the GPU",
             key="optimizer",
@@ -145,7 +145,7 @@ def host_memory_holds_parameters(config: Config) -> Iterator[ConfigIssue]:
         )
 
 
-def _offloads(config: Config, device: str = "cpu") -> bool:
+def offloads(config: Config, device: str = "cpu") -> bool:
     """Returns whether ZeRO has the optimizer's parameters on a device, such as the host's memory."""
     offload = (config.deepspeed.zero_optimization or {}).get("offload_optimizer") or {}
     return bool(offload.get("device") == device)
@@ -179,7 +179,7 @@ def apex_has_what_is_asked(config: Config) -> Iterator[ConfigIssue]:
     lacking = {
         "amsgrad": section.params.get("amsgrad"),
         "8-bit state": section.use_bnb_optimizer,
-        "kernel for the host's memory, which offload_optimizer uses": _offloads(config),
+        "kernel for the host's memory, which offload_optimizer uses": offloads(config),
     }
     for name, is_asked in lacking.items():
         if is_asked:

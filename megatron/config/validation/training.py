@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron.config.config import Config
 from megatron.config.derived.fill import trains
+from megatron.config.validation.optimizer import offloads
 from megatron.errors import ConfigIssue
 
 MOST_MEMORY = 1_000_000  # GiB
@@ -127,9 +128,7 @@ def outliers_are_found_by_their_loss(config: Config) -> Iterator[ConfigIssue]:
 
 def left_out_steps_leave_no_gradients(config: Config) -> Iterator[ConfigIssue]:
     """DeepSpeed leaves gradients that are not finite in the host's memory, and applies no step after that."""
-    zero = config.deepspeed.zero_optimization or {}
-    on_host = (zero.get("offload_optimizer") or {}).get("device") == "cpu"
-    if config.precision.precision != "bfloat16" or config.deepspeed.zero_stage not in (1, 2) or not on_host:
+    if config.precision.precision != "bfloat16" or config.deepspeed.zero_stage not in (1, 2) or not offloads(config):
         return
     asked = {"skip_outlier_steps": config.training.skip_outlier_steps, "on_nan": config.training.on_nan}
     for key, value in asked.items():
