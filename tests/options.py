@@ -111,12 +111,30 @@ PART_CASES: dict[str, Keys] = {
     "factors, parallel": {"gpt_j_residual": True, "residual_multiplier": 0.5, "logit_scale": 2.0},
 }
 
+_MSCALES = {"type": "yarn", **_ORIGINAL, "mscale": 0.707, "mscale_all_dim": 1.0}
+LATENTS: Keys = {
+    "multi_latent_attention": True,
+    "kv_lora_rank": 16,
+    "qk_head_dim": 16,
+    "qk_pos_emb_head_dim": 4,
+    "v_head_dim": 16,
+    "norm": "rmsnorm",
+    "use_bias_in_attn_linear": False,
+    "no_weight_tying": True,
+}
+LATENT_CASES: dict[str, Keys] = {
+    "latents": {**LATENTS, "q_lora_rank": 24, "rope_scaling": _MSCALES},
+    "latents, wide values": {**LATENTS, "v_head_dim": 24, "use_bias_in_attn_linear": True, "sliding_window_width": 7},
+    "latents, parallel": {**LATENTS, "qk_head_dim": 8, "gpt_j_residual": True, "attn_logit_softcapping": 2.0},
+}
+
 FAMILIES: dict[str, dict[str, Keys]] = {
     "positions": POSITION_CASES,
     "norms": NORM_CASES,
     "activations": ACTIVATION_CASES,
     "attention": ATTENTION_CASES,
     "parts": PART_CASES,
+    "latents": LATENT_CASES,
 }
 
 

@@ -372,6 +372,8 @@ def _cache_factory(config: Config, topology: Topology, layers: Sequence[int]) ->
     dims, size = ModelDims.of(config.model, config.moe, config.mixers), topology.model.size
     blocks = [layer - 2 for layer in layers if 2 <= layer < 2 + dims.num_layers]
 
+    dtype = DTYPES[require(config.precision.precision)]
+
     def make(batch: int, max_length: int) -> KVCache:
         max_length += dims.prompt
         states = {
@@ -382,14 +384,15 @@ def _cache_factory(config: Config, topology: Topology, layers: Sequence[int]) ->
         return KVCache(
             0 if len(states) == len(blocks) else blocks[-1] - blocks[0] + 1,
             batch,
-            max(1, dims.num_kv_heads // size),
+            1 if dims.latent else max(1, dims.num_kv_heads // size),
             max_length,
-            dims.head_dim,
-            dtype=cache_dtype(DTYPES[require(config.precision.precision)], device(), dims.head_dim),
+            dims.latent.cached if dims.latent else dims.head_dim,
+            dtype=dtype if dims.latent else cache_dtype(dtype, device(), dims.head_dim),
             device=device(),
             first_layer=blocks[0] if blocks else 0,
             states=states,
             prompt=dims.prompt,
+            latents=dims.latent is not None,
         )
 
     return make

@@ -69,6 +69,7 @@ class TransformerBlock(Block):
         self.parallel = dims.gpt_j_residual
         self.input_layernorm = spec.norm() if dims.norms_before else None
         self.attention: Any = spec.attention[number](number, spec, source.of("attention"))
+        self.zero3_gather_together = dims.latent is not None  # its cache reads the weight of a projection
         self.attention_output_layernorm = spec.norm() if dims.norms_after else None
         if not dims.shared_norm:
             self.post_attention_layernorm = spec.norm() if dims.norms_before else None
@@ -105,7 +106,7 @@ class TransformerBlock(Block):
 
     def linear_layers(self) -> list[ColumnParallelLinear | RowParallelLinear]:
         """Returns the linear layers of attention and of a dense MLP."""
-        found = [self.attention.query_key_value, self.attention.dense]
+        found: list[ColumnParallelLinear | RowParallelLinear] = self.attention.linear_layers()
         return found + ([self.mlp.linear1, self.mlp.linear2] if isinstance(self.mlp, ParallelMLP) else [])
 
     def _sequential(self, hidden: Tensor, cache: KVCache | None, starts: Tensor | None, *of_mlp: Tensor) -> Tensor:

@@ -32,6 +32,8 @@ class BlockSpec:
     """Builds a norm of the hidden size."""
     norm_of: Callable[[int], nn.Module]
     """Builds a norm of any width, for full sequences."""
+    norm_of_shard: Callable[[int], nn.Module]
+    """Builds a norm of any width, for sequences as the residual stream has them."""
     positions: tuple[AttentionPositions | None, ...]
     """For each block, what applies positions to queries and keys, or None."""
     activation: Callable[[Tensor], Tensor]

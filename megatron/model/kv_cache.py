@@ -4,10 +4,14 @@ Every row of a batch is a sequence of its own length. New positions of a row are
 of different lengths grow without padding between their tokens. Values after a row's length are left over from padded
 prompts or from earlier sequences; no query may see them.
 
+Latent attention stores one latent and one rotated key for all heads in place of keys and values of each: a row of r + p
+numbers a token.
+
 Blocks without attention have a state of fixed size for each row instead, which every position changes. So they need the
 number of valid new positions (``set_valid_lengths``), and cannot discard any afterwards.
 
-Shapes: b batch, m key/value heads of all ranks, t tensor-parallel degree, s new positions, d head dim.
+Shapes: b batch, m key/value heads of all ranks, t tensor-parallel degree, s new positions, d head dim, r rank of a
+latent, p rotated features.
 """
 
 from __future__ import annotations
@@ -60,6 +64,7 @@ class KVCache:
         first_layer: int = 0,
         states: Mapping[int, Mapping[str, tuple[int, ...]]] | None = None,
         prompt: int = 0,
+        latents: bool = False,
     ) -> None:
         """Allocates the memory.
 
@@ -74,10 +79,11 @@ class KVCache:
             first_layer: number of the first block in this process.
             states: block -> name -> shape of the state of a row, for blocks without attention.
             prompt: positions of a soft prompt before the tokens of every row; lengths and max_length count them.
+            latents: true for latents in place of keys and values; kv_heads is 1 and head_dim r + p then.
         """
-        shape = (num_layers, 2, batch, kv_heads, max_length, head_dim)
+        shape = (num_layers, 1 if latents else 2, batch, kv_heads, max_length, head_dim)
         self.memory = torch.zeros(shape, dtype=dtype, device=device)
-        self.decode_kernel = choose_decode_attention(self.memory.device, dtype, head_dim)
+        self.decode_kernel = None if latents else choose_decode_attention(self.memory.device, dtype, head_dim)
         self.first_layer = first_layer
         self.prompt = prompt
         self.lengths = [0] * batch  # length of each row [tokens]
@@ -169,6 +175,19 @@ class KVCache:
             stored[0].transpose(1, 2)[row, slots.positions] = keys.transpose(1, 2).to(stored.dtype)  # [b, s, m/t, d]
             stored[1].transpose(1, 2)[row, slots.positions] = values.transpose(1, 2).to(stored.dtype)
         return stored[0, :, :, : slots.end], stored[1, :, :, : slots.end]  # [b, m/t, end, d]
+
+    def update_latents(self, block: int, latents: Tensor) -> Tensor:
+        """Stores latents and rotated keys [b, s, r + p] of the next s positions of a block; returns those of all of its
+        positions so far, [b, end, r + p].
+        """
+        slots, length = self.slots(latents.shape[1]), latents.shape[1]
+        stored = self.memory[block - self.first_layer, 0, :, 0]  # [b, max, r + p]
+        if slots.positions is None:
+            stored[:, slots.end - length : slots.end] = latents
+        else:
+            row = torch.arange(self.batch, device=stored.device)[:, None]  # [b, 1]
+            stored[row, slots.positions] = latents.to(stored.dtype)
+        return stored[:, : slots.end]
 
     def attend_decode(self, block: int, q: Tensor, k: Tensor, v: Tensor, table: Table | None) -> Tensor:
         """Stores one new position of every row and attends to it and all before it, with ``decode_kernel``.

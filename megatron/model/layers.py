@@ -34,6 +34,7 @@ from megatron.distributed.tensor_parallel.lora import LoraSpec
 from megatron.kernels.attention_patterns import BlockPattern, MaskPattern, Window
 from megatron.kernels.rotary import RotaryPair
 from megatron.layer_types import options_of_blocks
+from megatron.model.attention.latent import LatentSelfAttention
 from megatron.model.block import Block, TransformerBlock
 from megatron.model.block_spec import BlockSpec
 from megatron.model.embedding import EmbeddingLayer
@@ -56,6 +57,7 @@ from megatron.registry import (
     POSITIONS,
     ROUTERS,
     STANDALONE_BLOCK,
+    WITHOUT_ATTENTION,
 )
 
 
@@ -119,19 +121,19 @@ def _block_spec(spec: ModelSpec) -> BlockSpec:
     axis, positions = topology.model, POSITIONS.load(model.pos_emb)
     kernels, entry = spec.kernels, NORMS.entry(model.norm)
     norm_kernel = None if entry.kernel is None else getattr(kernels, entry.kernel)
+
+    def norm_of_shard(width: int) -> nn.Module:
+        make = partial(norm, width, epsilon, dims.norm_bias)
+        return _norm(make, axis, norm_kernel, partial_sum=axis.sequence_parallel)
+
     return BlockSpec(
         dims=dims,
-        norm=partial(
-            _norm,
-            partial(norm, dims.hidden_size, epsilon, dims.norm_bias),
-            axis,
-            norm_kernel,
-            partial_sum=axis.sequence_parallel,
-        ),
+        norm=partial(norm_of_shard, dims.hidden_size),
         norm_of=lambda width: norm(width, epsilon, dims.norm_bias),
-        positions=_positions(model, dims.head_dim, kernels.rotary),
+        norm_of_shard=norm_of_shard,
+        positions=_positions(model, dims.rotary_width, kernels.rotary),
         activation=kernels.activation(model.activation, ACTIVATIONS.load(model.activation)),
-        attention=tuple(ATTENTION.load(kind) for kind in dims.kinds),
+        attention=tuple(_attention(dims, kind) for kind in dims.kinds),
         mlp=tuple(MLPS.load("moe" if dims.has_experts(block) else "dense") for block in range(dims.num_layers)),
         patterns=_patterns(model, dims.kinds),
         relative_positions=positions.for_scores(
@@ -189,6 +191,14 @@ def _lora_specs(low_rank: LowRank | None, random: TensorParallelRNG) -> dict[str
     if low_rank is None:
         return {}
     return dict.fromkeys(low_rank.targets, LoraSpec(low_rank.rank, low_rank.scale, low_rank.dropout, random))
+
+
+def _attention(dims: ModelDims, kind: str) -> Callable[..., nn.Module]:
+    """Returns the class of the attention or mixer of a block of that kind."""
+    if dims.latent is not None and kind not in WITHOUT_ATTENTION:
+        return LatentSelfAttention
+    attention: Callable[..., nn.Module] = ATTENTION.load(kind)
+    return attention
 
 
 def _block(kind: str) -> type[Block]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron.model.positions.rope_frequencies import score_factor
 from megatron.param_table import ModelDims
 
 
@@ -42,12 +43,19 @@ class Scales:
         return cls(
             words=root,
             embedding=model.embedding_multiplier,
-            query=1.0 if model.softmax_scale is None else model.softmax_scale * math.sqrt(dims.head_dim),
+            query=_query(model, dims),
             residual=model.residual_multiplier,
             logits=model.logit_scale,
             attention_bound=model.attn_logit_softcapping,
             logit_bound=model.final_logit_softcapping,
         )
+
+
+def _query(model: Any, dims: ModelDims) -> float:
+    """Returns the factor of queries: the given scale of scores, or that of latent attention in long contexts."""
+    if model.softmax_scale is not None:
+        return float(model.softmax_scale * math.sqrt(dims.head_dim))
+    return 1.0 if dims.latent is None else score_factor(model.rope_scaling)
 
 
 def scaled(x: Tensor, factor: float) -> Tensor:

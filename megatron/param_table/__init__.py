@@ -1,7 +1,7 @@
 """Table of a model's tensors: layer index, name, global shape and shard dimension."""
 
 from megatron.param_table.adapters import DOWN, NAMED_KINDS, PROMPT, UP, is_adapter_tensor, trainable_tensors
-from megatron.param_table.dims import MixerDims, MixtureDims, ModelDims
+from megatron.param_table.dims import LatentDims, MixerDims, MixtureDims, ModelDims
 from megatron.param_table.mixers import recurrent_state_shapes
 from megatron.param_table.parts import FIRST_BLOCK, key_in_table
 from megatron.param_table.table import tensors
@@ -22,6 +22,7 @@ __all__ = [
     "NAMED_KINDS",
     "PROMPT",
     "UP",
+    "LatentDims",
     "MixerDims",
     "MixtureDims",
     "ModelDims",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from megatron.param_table.adapters import with_lora
-from megatron.param_table.dims import ModelDims
+from megatron.param_table.dims import LatentDims, ModelDims
 from megatron.param_table.mixers import gmlp_block, mamba_block, rwkv_block
-from megatron.param_table.parts import FIRST_BLOCK, SHARED, column, norm, positions, row
+from megatron.param_table.parts import FIRST_BLOCK, SHARED, column, norm, positions, replicated, row
 from megatron.param_table.tensor import TensorShape
 from megatron.registry import POSITIONS
 
@@ -18,17 +18,11 @@ def block_tensors(dims: ModelDims, block: int) -> list[TensorShape]:
 def attention_block(dims: ModelDims, block: int) -> list[TensorShape]:
     """Returns the tensors of attention and MLP. Attention kinds differ in their masks, not in their tensors."""
     layer = block + 2
-    query, kv = dims.query_size, dims.kv_size
-    sections = (query, kv, kv) if dims.grouped else ()
     table = norm(dims, layer, "input_layernorm") if dims.norms_before else []
-    table += column(layer, "attention.query_key_value", query + 2 * kv, dims.hidden_size, dims.has_qkv_bias, sections)
-    if dims.qk_norm:
-        widths, cut = ((query, kv), 0) if dims.qk_norm_across else ((dims.head_dim, dims.head_dim), None)
-        table += norm(dims, layer, "attention.q_layernorm", widths[0], cut)
-        table += norm(dims, layer, "attention.k_layernorm", widths[1], cut)
+    table += projections(dims, layer) if dims.latent is None else latent_projections(dims, dims.latent, layer)
     if layer == FIRST_BLOCK:
         table += positions(dims, layer, SHARED, POSITIONS.entry(dims.pos_emb).scores)
-    table += row(layer, "attention.dense", dims.hidden_size, query, dims.attention_bias)
+    table += row(layer, "attention.dense", dims.hidden_size, dims.value_size, dims.attention_bias)
     if dims.norms_after:
         table += norm(dims, layer, "attention_output_layernorm")
     if dims.norms_before and not dims.shared_norm:
@@ -38,6 +32,32 @@ def attention_block(dims: ModelDims, block: int) -> list[TensorShape]:
     if dims.has_experts(block):
         return table + experts(dims, layer) + shared_experts(dims, layer)
     return table + mlp(dims, layer, "mlp", dims.mlp_width, dims.mlp_bias)
+
+
+def projections(dims: ModelDims, layer: int) -> list[TensorShape]:
+    """Returns the joint projection of queries, keys and values, and the norms of queries and keys."""
+    query, kv = dims.query_size, dims.kv_size
+    sections = (query, kv, kv) if dims.grouped else ()
+    table = column(layer, "attention.query_key_value", query + 2 * kv, dims.hidden_size, dims.has_qkv_bias, sections)
+    if dims.qk_norm:
+        widths, cut = ((query, kv), 0) if dims.qk_norm_across else ((dims.head_dim, dims.head_dim), None)
+        table += norm(dims, layer, "attention.q_layernorm", widths[0], cut)
+        table += norm(dims, layer, "attention.k_layernorm", widths[1], cut)
+    return table
+
+
+def latent_projections(dims: ModelDims, latent: LatentDims, layer: int) -> list[TensorShape]:
+    """Returns the projections to and from the latents of a token, and the norms of the latents."""
+    heads, hidden, bias = dims.num_attention_heads, dims.hidden_size, dims.has_qkv_bias
+    if latent.query_rank:
+        table = replicated(layer, "attention.q_down_proj", latent.query_rank, hidden, bias)
+        table += norm(dims, layer, "attention.q_layernorm", latent.query_rank)
+        table += column(layer, "attention.q_up_proj", heads * latent.query_head, latent.query_rank, False)
+    else:
+        table = column(layer, "attention.q_proj", heads * latent.query_head, hidden, False)
+    table += replicated(layer, "attention.kv_down_proj", latent.cached, hidden, bias)
+    table += norm(dims, layer, "attention.kv_layernorm", latent.rank)
+    return table + column(layer, "attention.kv_up_proj", heads * (latent.plain + latent.value), latent.rank, False)
 
 
 def mlp(dims: ModelDims, layer: int, name: str, width: int, bias: bool) -> list[TensorShape]:

@@ -62,6 +62,50 @@ class MixtureDims:
 
 
 @dataclass(frozen=True)
+class LatentDims:
+    """Sizes of multi-head latent attention."""
+
+    rank: int
+    """Width of a token's latent of keys and values."""
+    plain: int
+    """Features of a query head without positions."""
+    rotary: int
+    """Rotated features of a query head; the rotated key of a token, which all heads share, is as wide."""
+    value: int
+    """Features of a value head."""
+    query_rank: int = 0
+    """Width of a token's latent of queries; 0 for queries without one."""
+
+    @classmethod
+    def of(cls, model: Any) -> LatentDims | None:
+        """Reads an object with the keys of the configuration's model section; None without latent attention."""
+        if not getattr(model, "multi_latent_attention", False):
+            return None
+        return cls(
+            model.kv_lora_rank,
+            model.qk_head_dim,
+            model.qk_pos_emb_head_dim,
+            model.v_head_dim,
+            model.q_lora_rank or 0,
+        )
+
+    @property
+    def query_head(self) -> int:
+        """Width of a query head, and of a key head."""
+        return self.plain + self.rotary
+
+    @property
+    def core(self) -> int:
+        """Width of the heads that kernels see."""
+        return max(self.query_head, self.value)
+
+    @property
+    def cached(self) -> int:
+        """Numbers that the cache has for a token and block."""
+        return self.rank + self.rotary
+
+
+@dataclass(frozen=True)
 class MixerDims:
     """Widths of Mamba, RWKV and gMLP blocks; 0 in a model without such blocks."""
 
@@ -168,6 +212,8 @@ class ModelDims:
     """Mixture of experts."""
     mixers: MixerDims = field(default_factory=MixerDims)
     """Widths of blocks without attention."""
+    latent: LatentDims | None = None
+    """Sizes of multi-head latent attention; None for keys and values of their own."""
     token_types: int = 0
     """Rows of the embedding of token types."""
     masked_head: bool = False
@@ -225,6 +271,7 @@ class ModelDims:
             kinds=tuple(getattr(model, "attention_config", None) or ()),
             mixture=MixtureDims() if moe is None else MixtureDims.of(moe),
             mixers=MixerDims() if mixers is None else MixerDims.of(model, mixers),
+            latent=LatentDims.of(model),
             token_types=getattr(model, "num_token_types", None) or 0,
             masked_head=getattr(model, "lm_head", None) == MASKED_HEAD,
             binary_head=bool(getattr(model, "bert_binary_head", None)),
@@ -276,6 +323,22 @@ class ModelDims:
     def kv_size(self) -> int:
         """Width of all key heads together (the value heads are as wide)."""
         return self.num_kv_heads * self.head_dim
+
+    @property
+    def value_size(self) -> int:
+        """Width of all value heads together, the input of the attention's output projection."""
+        return self.query_size if self.latent is None else self.num_attention_heads * self.latent.value
+
+    @property
+    def rotary_width(self) -> int:
+        """Features of a head that rotary positions may rotate."""
+        return self.head_dim if self.latent is None else self.latent.rotary
+
+    def cached_per_token(self, tensor_ranks: int) -> int:
+        """Returns the numbers that a rank's cache has for a token and a block with attention."""
+        if self.latent is not None:
+            return self.latent.cached
+        return 2 * max(1, self.num_kv_heads // tensor_ranks) * self.head_dim
 
     @property
     def grouped(self) -> bool:

@@ -105,16 +105,15 @@ def masked_head(dims: ModelDims, padded_vocab_size: int) -> list[TensorShape]:
     return table
 
 
-def replicated(layer: int, name: str, out: int, inp: int) -> list[TensorShape]:
-    """Returns the tensors of a linear layer with bias that every rank holds in full.
+def replicated(layer: int, name: str, out: int, inp: int, bias: bool = True) -> list[TensorShape]:
+    """Returns the tensors of a linear layer that every rank holds in full.
 
     Args:
         layer: layer index.
         name: of the layer.
         out: output features.
         inp: input features.
+        bias: whether it has a bias.
     """
-    return [
-        TensorShape(layer, f"{name}.weight", (out, inp), None, "weight"),
-        TensorShape(layer, f"{name}.bias", (out,), None, "bias"),
-    ]
+    table = [TensorShape(layer, f"{name}.weight", (out, inp), None, "weight")]
+    return [*table, TensorShape(layer, f"{name}.bias", (out,), None, "bias")] if bias else table

@@ -2,12 +2,12 @@
 
 A matrix product with a weight costs 2 FLOPs for each of its elements and each token forward, and twice that backward:
 for the gradient of the input and for that of the weight, which a frozen one does not need.
-Attention adds the products of queries with keys and of probabilities with values: 4 s FLOPs per token and feature of
-the query heads, counted over the full square as is customary, not over the causal half. A sliding window or a sparse
-layout counts the visible fraction of the causal half, and of the experts those of the token. A masked language model
-needs logits of the tokens that it predicts alone, and its pooler reads one token of a sample. Mamba and RWKV update and
-read a state, a gMLP multiplies with a matrix of positions, also counted in full. Source: Narayanan et al. 2021,
-arXiv:2104.04473, appendix; embedding look-ups, norms and activations are left out there too.
+Attention adds the products of queries with keys and of probabilities with values: 2 s FLOPs per token and feature of
+the query heads and of the value heads each, counted over the full square as is customary, not over the causal half. A
+sliding window or a sparse layout counts the visible fraction of the causal half, and of the experts those of the token.
+A masked language model needs logits of the tokens that it predicts alone, and its pooler reads one token of a sample.
+Mamba and RWKV update and read a state, a gMLP multiplies with a matrix of positions, also counted in full. Source:
+Narayanan et al. 2021, arXiv:2104.04473, appendix; embedding look-ups, norms and activations are left out there too.
 
 s sequence length.
 """
@@ -71,4 +71,4 @@ def _mixing(dims: ModelDims, block: int, seq_length: int) -> int:
     if kind in {"gmlp", "amlp"}:
         small = 4 * seq_length * mixers.gmlp_attention if kind == "amlp" else 0
         return 2 * seq_length * mixers.gmlp_width + small
-    return 4 * seq_length * dims.query_size
+    return 2 * seq_length * (dims.query_size + dims.value_size)

@@ -13,10 +13,11 @@ s sequence, b micro batch, h hidden, t tensor parallel degree.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from megatron.output_blocks import rows_of_a_block
-from megatron.param_table import ModelDims
+from megatron.param_table import LatentDims, ModelDims
+from megatron.plan.latents import core_bytes, latent_bytes
 from megatron.plan.mixers import mixer_activations
 from megatron.registry import ATTENTION, FULL_ATTENTION, NORMS, ONE_PLUS, POSITIONS, WITHOUT_ATTENTION
 
@@ -24,7 +25,6 @@ FP32 = 4
 
 SAVED_PROBABILITIES = 256 << 20
 """Attention in blocks on a CPU saves up to this many bytes of probabilities per call, and recomputes more."""
-
 COMPILED_HEAD = 16
 """Heads of a multiple of this many features have a compiled kernel on a CPU, which saves no probabilities."""
 
@@ -204,7 +204,7 @@ def _updates(dims: ModelDims, layout: ActivationLayout, block: int) -> int:
     adapter = dims.low_rank
     if adapter is None:
         return 0
-    widths = {"query_key_value": dims.hidden_size, "dense": dims.query_size // layout.model_parallel_size}
+    widths = {"query_key_value": dims.hidden_size, "dense": dims.value_size // layout.model_parallel_size}
     if not dims.has_experts(block):
         widths |= {"dense_h_to_4h": dims.hidden_size, "dense_4h_to_h": dims.mlp_width // layout.model_parallel_size}
     inputs = [width for name, width in widths.items() if name in adapter.targets]
@@ -287,8 +287,19 @@ def _head_norms(dims: ModelDims, layout: ActivationLayout) -> int:
 
 def _attention(dims: ModelDims, layout: ActivationLayout, block: int) -> int:
     """Returns the saved bytes of the attention core, its projection, and the norms of queries and keys."""
-    projected = 0 if dims.saves_input("dense") else dims.query_size // layout.model_parallel_size
-    return _core(dims, layout, block) + _head_norms(dims, layout) - layout.tokens * projected * layout.width
+    projected = 0 if dims.saves_input("dense") else dims.value_size // layout.model_parallel_size
+    core = _core(dims, layout, block) if dims.latent is None else _latent_core(dims, dims.latent, layout, block)
+    return core + _head_norms(dims, layout) - layout.tokens * projected * layout.width
+
+
+def _latent_core(dims: ModelDims, latent: LatentDims, layout: ActivationLayout, block: int) -> int:
+    """Returns the saved bytes of the core of latent attention, and of the latents and their norms."""
+    around = layout.residual_tokens * latent_bytes(latent, layout.width)
+    scores = layout.bounded_scores or layout.attention_dropout or dims.kind(block) in layout.kinds_with_scores
+    if scores and not layout.selective:
+        return around + _core(replace(dims, head_dim=latent.core), layout, block)
+    rows = layout.tokens * dims.num_attention_heads // layout.model_parallel_size
+    return around + rows * core_bytes(latent, layout.width, selective=layout.selective)
 
 
 def _core(dims: ModelDims, layout: ActivationLayout, block: int) -> int:
@@ -301,12 +312,12 @@ def _core(dims: ModelDims, layout: ActivationLayout, block: int) -> int:
     if layout.selective:
         return tokens * (2 * query + 2 * kv + (0 if rotary and layout.cpu else query + 2 * kv)) * width
     if layout.bounded_scores:  # tanh of the scores and probabilities in fp32, keys and values of every query head
-        copies = 0 if width == FP32 else width
-        return tokens * 5 * query * width + squares * (2 * FP32 + copies)
+        return tokens * 5 * query * width + squares * (2 * FP32 + (0 if width == FP32 else width))
+    copies = 4 * query + 4 * kv if dims.latent is None else 5 * query
     if layout.attention_dropout:  # scores, probabilities and masks are separate tensors
-        return tokens * (4 * query + 4 * kv) * width + squares * (3 * FP32 if layout.cpu else 2 * width + 1)
+        return tokens * copies * width + squares * (3 * FP32 if layout.cpu else 2 * width + 1)
     if dims.kind(block) in layout.kinds_with_scores:
-        return tokens * (4 * query + 4 * kv) * width + squares * width
+        return tokens * copies * width + squares * width
     compiled = dims.head_dim % COMPILED_HEAD == 0 and ATTENTION.entry(dims.kind(block)).traits >= FULL_ATTENTION
     if layout.ring_size > 1 or (layout.cpu and compiled):
         features = 2 * query + 2 * kv + (query + kv if rotary else 0)

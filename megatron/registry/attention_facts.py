@@ -82,7 +82,7 @@ class AttentionFacts:
             bias = LINEAR if positions.traits >= LINEAR_BIAS else TABLE
         return AttentionFacts(
             kernels,
-            head_size=model.kv_channels or model.hidden_size // model.num_attention_heads,
+            head_size=_head_size(model),
             length=model.seq_length,
             capability=capability,
             window=_has_windows(model),
@@ -98,6 +98,12 @@ class AttentionFacts:
         """Returns the facts of blocks of that kind; a sliding window belongs to those without a layout."""
         facts = replace(self, kind=kind)
         return replace(facts, window=facts.window and not facts.layout)
+
+
+def _head_size(model: Any) -> int:
+    """Returns the width of the heads that a kernel sees: the larger of keys and values in latent attention."""
+    width: int = model.kv_channels or model.hidden_size // model.num_attention_heads
+    return max(width, model.v_head_dim) if getattr(model, "multi_latent_attention", False) else width
 
 
 def _has_windows(model: Any) -> bool:

@@ -34,8 +34,7 @@ class CacheSize:
         blocks = range(dims.num_layers)
         states = [recurrent_state_shapes(dims, block, model_size=1, max_length=self.length) for block in blocks]
         attending = 0 if all(states) else -(-dims.num_layers // self.pipe_size)
-        heads = max(1, dims.num_kv_heads // self.model_size)
-        return 2 * attending * heads * self.length * dims.head_dim * self.width
+        return attending * self.length * dims.cached_per_token(self.model_size) * self.width
 
 
 def check_cache(size: CacheSize, memory: int) -> None:

@@ -98,7 +98,10 @@ def test_cached_generation_is_a_full_pass(family: str, name: str) -> None:
     """A prompt, some tokens, one token; then rows of different lengths, each as it is alone."""
     model, dims = build(family, name)
     model.eval()
-    cache = KVCache(LAYERS, 3, dims.num_kv_heads, LENGTH, dims.head_dim)
+    latent = dims.latent
+    sizes = (dims.num_kv_heads, LENGTH, dims.head_dim) if latent is None else (1, LENGTH, latent.cached)
+    cache = KVCache(LAYERS, 3, *sizes, latents=latent is not None)
+    assert cache.memory[:, :, 0, :, 0].numel() == LAYERS * dims.cached_per_token(1)
     tokens = ids(3, LENGTH, seed=1)
     with torch.no_grad():
         complete = model(tokens)  # [s, b, v]
@@ -129,7 +132,9 @@ def test_recomputation_changes_nothing(family: str, name: str) -> None:
             torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("family", "name"), [case for case in CASES if case[0] in ("positions", "attention")])
+@pytest.mark.parametrize(
+    ("family", "name"), [case for case in CASES if case[0] in ("positions", "attention", "latents")]
+)
 def test_documents_are_as_they_are_alone(family: str, name: str) -> None:
     """Lengths are multiples of the blocks of the layouts; random blocks are the row's own, so those are left out."""
     model, _ = build(family, name, reset=True)
@@ -140,7 +145,7 @@ def test_documents_are_as_they_are_alone(family: str, name: str) -> None:
     changed = tokens.clone()
     changed[:, 3] = (changed[:, 3] + 1) % VOCABULARY
     torch.testing.assert_close(model(changed, None, starts)[8:], together[8:], rtol=0, atol=0)
-    relative = name in ("global", "flash", "sliding window", "local") or family == "positions"
+    relative = name in ("global", "flash", "sliding window", "local") or family in ("positions", "latents")
     if relative:
         alone = torch.cat([model(part) for part in tokens.split(lengths, dim=1)])
         torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron.block_sparsity import SPARSE_KINDS
 from megatron.kernels.attention import masked_attention
-from megatron.model.attention.dense import _visible_mask
+from megatron.model.attention.self_attention import visible_mask
 from megatron.model.kv_cache import CacheSlots
 from tests.model.sections import build
 
@@ -68,7 +68,7 @@ def test_what_each_kind_sees(kind: str) -> None:
     attention = attention_of(kind)
     q = torch.zeros(1, 4, LENGTH, LENGTH)
     v = torch.eye(LENGTH).expand(1, 4, LENGTH, LENGTH)
-    weights = attention.attend(q, q, v, 0.0, None, attention._view(LENGTH, q.device))[0]  # [n, s, s]
+    weights = attention.attend(q, q, v, 0.0, None, attention.view(LENGTH, q.device))[0]  # [n, s, s]
     for head in weights:
         assert seen(head) == written(kind)
         counts = torch.tensor([len(row) for row in written(kind)], dtype=torch.float32)
@@ -82,10 +82,10 @@ def test_what_each_kind_sees_in_a_cache(kind: str) -> None:
     v = torch.eye(LENGTH).expand(2, 4, LENGTH, LENGTH)
     for end in range(21, LENGTH + 1, 7):
         positions = torch.tensor([[end - 1], [end - 21]])
-        view = attention._view(end, v.device)
+        view = attention.view(end, v.device)
         mask = torch.arange(end) <= positions[:, None, :, None] if view is None else None
         if view is not None:
-            mask = _visible_mask(view, CacheSlots(end, positions), 1, v.device)
+            mask = visible_mask(view, CacheSlots(end, positions), 1, v.device)
         assert mask is not None
         weights = masked_attention(torch.zeros(2, 4, 1, LENGTH), torch.zeros(2, 4, end, LENGTH), v[:, :, :end], mask)
         for row, position in enumerate((end - 1, end - 21)):

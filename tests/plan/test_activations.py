@@ -39,6 +39,14 @@ SHARED = {
     "moe_shared_expert_gate": True,
     "moe_router_score_function": "sigmoid",
 }
+LATENTS = {
+    **{key: value for key, value in LLAMA.items() if key != "num_kv_heads"},
+    "multi_latent_attention": True,
+    "kv_lora_rank": 32,
+    "qk_head_dim": 32,
+    "qk_pos_emb_head_dim": 16,
+    "v_head_dim": 32,
+}
 DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
 CASES: dict[str, dict[str, Any]] = {
     "gpt": {},
@@ -56,6 +64,9 @@ CASES: dict[str, dict[str, Any]] = {
     **{kind: {"attention_config": [[[kind], "all"]]} for kind in ("mamba", "rwkv", "gmlp", "amlp")},
     "updates": {"lora": {"rank": 8}},
     "updates of all, neox": {**NEOX, "lora": {"rank": 8, "targets": "all"}},
+    "latents": LATENTS,
+    "latents of queries, wide values": {**LATENTS, "q_lora_rank": 48, "v_head_dim": 48},
+    "latents, dropout": {**LATENTS, **DROPOUT},
     "dropped updates": {**NEOX, "gpt_j_tied": True, "lora": {"rank": 8, "targets": "all", "dropout": 0.1}},
     "updates, llama": {**LLAMA, "lora": {"rank": 8, "targets": ["dense", "dense_4h_to_h"]}},
     "updates, experts": {**EXPERTS, "lora": {"rank": 8, "targets": ["query_key_value"]}},

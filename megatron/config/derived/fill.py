@@ -21,7 +21,7 @@ from megatron.config.derived.batch import (
 from megatron.config.derived.encoder import CONVERSION, ENCODER_KEYS, derive_encoder
 from megatron.config.derived.grad_accum_dtype import derive_data_types
 from megatron.config.derived.lr_schedule import decay_horizon
-from megatron.config.derived.mlp_width import head_dim
+from megatron.config.derived.mlp_width import HEAD_KEYS, head_dim
 from megatron.config.derived.mup import read_base_shapes
 from megatron.config.derived.optimizer import derive_optimizer, params_without_effect
 from megatron.config.derived.precision import (
@@ -207,7 +207,7 @@ def _key_heads(draft: ConfigDraft) -> None:
 
 def _head_width(draft: ConfigDraft) -> None:
     if draft["kv_channels"] is None:
-        draft.derive("kv_channels", head_dim(draft["hidden_size"], draft["num_attention_heads"]))
+        draft.derive("kv_channels", head_dim({name: draft[name] for name in HEAD_KEYS}))
 
 
 def _attention(draft: ConfigDraft) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 
 def round_up(size: int, multiple: int) -> int:
     """Returns the least multiple of `multiple` that is at least `size`."""
@@ -39,6 +42,15 @@ def mlp_width(
     return round_up(base * 2 // 3, 2 * multiple_of) // 2
 
 
-def head_dim(hidden_size: int, heads: int) -> int:
-    """Returns the width of one attention head [features], rounded down; a rule rejects a remainder."""
-    return hidden_size // max(1, heads)
+HEAD_KEYS = (*("hidden_size", "num_attention_heads", "multi_latent_attention", "qk_head_dim", "qk_pos_emb_head_dim"),)
+"""Keys that the width of a head follows from."""
+
+
+def head_dim(values: Mapping[str, Any]) -> int:
+    """Returns the width of one query and key head [features].
+
+    Of the hidden size it is rounded down; a rule rejects a remainder. values: of HEAD_KEYS.
+    """
+    if values["multi_latent_attention"]:
+        return int(values["qk_head_dim"] + values["qk_pos_emb_head_dim"])
+    return int(values["hidden_size"] // max(1, values["num_attention_heads"]))

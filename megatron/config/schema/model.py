@@ -118,9 +118,26 @@ class ModelSection(Section):
     pos_emb: str = key("learned", "How positions enter the model.", choices=POSITIONS)
     rotary_pct: float = key(1.0, "Part of each head's width that rotary positions turn.", unit="fraction")
     rotary_emb_base: int = key(10000, "Base of the rotary wavelengths.")
+    multi_latent_attention: bool = key(
+        False, "Keys and values of all heads come from one latent a token, which the cache holds, arXiv:2405.04434."
+    )
+    q_lora_rank: int | None = key(
+        None,
+        "Width of a latent of queries; they are projected from the hidden states when left out.",
+        unit="features",
+    )
+    kv_lora_rank: int = key(512, "Width of the latent of keys and values.", unit="features")
+    qk_head_dim: int = key(128, "Features of a query head without positions.", unit="features")
+    qk_pos_emb_head_dim: int = key(
+        64, "Rotated features of a query head, and of the one rotated key of a token.", unit="features"
+    )
+    v_head_dim: int = key(128, "Features of a value head.", unit="features")
     rotary_save_freqs_buffer: bool = key(False, "Keep the rotary frequencies in checkpoints.")
     rope_scaling: Table | None = key(
-        None, "Scaling of rotary positions for long contexts: {type: linear | dynamic | yarn | llama3, factor: ...}."
+        None,
+        "Scaling of rotary positions for long contexts: {type: linear | dynamic | yarn | llama3, factor: ...}; "
+        "of yarn mscale / mscale_all_dim is the factor of cosines and sines, and the second the root of that of scores "
+        "with multi_latent_attention.",
     )
     rpe_num_buckets: int = key(32, "Buckets of relative distance for pos_emb rpe.", unit="buckets")
     rpe_max_distance: int = key(128, "Distance from which on rpe uses its last bucket.", unit="tokens")

@@ -13,6 +13,8 @@ def heads_divide_hidden(config: Config) -> Iterator[ConfigIssue]:
     """Without kv_channels, every head has hidden_size / num_attention_heads features."""
     model = config.model
     assert model.hidden_size and model.num_attention_heads
+    if model.multi_latent_attention:
+        return  # another rule
     if model.kv_channels is not None and model.kv_channels < 1:
         yield ConfigIssue("a head needs at least one feature", key="kv_channels", value=model.kv_channels)
     elif (
@@ -67,7 +69,7 @@ def norms_have_their_bias(config: Config) -> Iterator[ConfigIssue]:
 def rotary_turns_pairs(config: Config) -> Iterator[ConfigIssue]:
     """Rotary positions rotate pairs of features, on the first rotary_pct of each head."""
     model = config.model
-    if model.pos_emb != "rotary" or model.kv_channels is None:
+    if model.pos_emb != "rotary" or model.kv_channels is None or model.multi_latent_attention:
         return
     turned = int(model.kv_channels * model.rotary_pct)
     if not 0 < model.rotary_pct <= 1:

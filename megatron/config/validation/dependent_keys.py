@@ -7,26 +7,14 @@ each other are errors of rules.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 
 from megatron.block_sparsity import SPARSE_KINDS
 from megatron.config.config import Config
 from megatron.config.derived.fill import trains
+from megatron.config.validation.dependent_model_keys import OF_PARTS, DependentKeys
 from megatron.registry import NORMS, OPTIMIZERS, POSITIONS, SCHEDULES, TOKENIZERS, WITHOUT_ATTENTION
 from megatron.registry.kernels import FUSED_ADAM
-
-
-@dataclass(frozen=True)
-class DependentKeys:
-    """Keys that share a condition."""
-
-    keys: tuple[str, ...]
-    """The keys."""
-    condition: Callable[[Config], bool]
-    """Whether they have an effect."""
-    reason: str
-    """The reason why they have none otherwise."""
 
 
 def _has_kind(config: Config, *kinds: str) -> bool:
@@ -99,6 +87,7 @@ def _samples(config: Config) -> bool:
 PLAIN_NORMAL = frozenset({"normal", "scaled_normal", "single_residual_scaled_normal"})
 
 DEPENDENT: tuple[DependentKeys, ...] = (
+    *OF_PARTS,
     DependentKeys(
         ("sparsity_config",), lambda config: _has_kind(config, *SPARSE_KINDS), "no block is of a sparse kind"
     ),
@@ -108,15 +97,10 @@ DEPENDENT: tuple[DependentKeys, ...] = (
         "it is for blocks of kind global and flash",
     ),
     DependentKeys(("use_apex_adam",), _has_full_adam, "the optimizer is not adam"),
-    DependentKeys(("gpt_j_tied",), lambda config: config.model.gpt_j_residual, "gpt_j_residual is off"),
     DependentKeys(
-        ("qk_layernorm_across_heads",), lambda config: config.model.use_qk_layernorm, "use_qk_layernorm is off"
-    ),
-    DependentKeys(
-        ("layer_type_options",), lambda config: config.model.layer_types is not None, "layer_types is left out"
-    ),
-    DependentKeys(
-        ("add_qkv_bias", "softmax_scale", "attn_logit_softcapping", "layer_types"), _attends, "no block has attention"
+        ("add_qkv_bias", "softmax_scale", "attn_logit_softcapping", "layer_types"),
+        _attends,
+        "no block has attention",
     ),
     *(
         DependentKeys((epsilon,), partial(_has_epsilon, epsilon), "the norm is another one")

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megatron.config.config import Config
+from megatron.config.schema.model import ModelSection
 from megatron.errors import ConfigIssue
 from megatron.registry import POSITIONS, nearest_name
 
@@ -14,7 +15,7 @@ SCALINGS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     "dynamic": (frozenset({"factor", "original_max_position_embeddings"}), frozenset()),
     "yarn": (
         frozenset({"factor", "original_max_position_embeddings"}),
-        frozenset({"beta_fast", "beta_slow", "attention_factor"}),
+        frozenset({"beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"}),
     ),
     "llama3": (
         frozenset({"factor", "original_max_position_embeddings"}),
@@ -55,10 +56,17 @@ def scaling_is_known(config: Config) -> Iterator[ConfigIssue]:
     message = scaling_error(scaling)
     if "rope_scaling" not in POSITIONS.entry(model.pos_emb).settings:
         message = f"pos_emb = {model.pos_emb} has no rotary positions to scale"
-    elif message is None and scaling["type"] == "dynamic" and int((model.kv_channels or 0) * model.rotary_pct) <= 2:
+    elif message is None and scaling["type"] == "dynamic" and rotary_width(model) <= 2:
         message = "the dynamic type needs at least two turned pairs of features"
     if message is not None:
         yield ConfigIssue(message, key="rope_scaling", value=dict(scaling))
+
+
+def rotary_width(model: ModelSection) -> int:
+    """Returns the features of a head that rotary positions rotate."""
+    if model.multi_latent_attention:
+        return model.qk_pos_emb_head_dim
+    return int((model.kv_channels or 0) * model.rotary_pct)
 
 
 def scaling_error(scaling: Mapping[str, Any]) -> str | None:

@@ -3,49 +3,35 @@
 The rows of the joint QKV matrix follow the public checkpoint layout: [q, k, v] head by head if every query head has its
 own key/value head, and [all q | all k | all v] if query heads share them.
 
-Besides the causal mask a block may hide keys (a sliding window, blocks of a sparse layout) and positions may be added
-to the scores; both are an AttentionMask of the kernels.
-
-Context parallelism: each of c ranks has a shard of the sequence outside the attention core. An all-to-all before the
-core exchanges the shards of u ranks for heads, and another one after it exchanges them back (arXiv:2309.14509). With a
-ring the core is that of `distributed/context_parallel/ring.py`, over the c/u members that then share the sequence.
-
 Shapes: s sequence on this rank, b micro batch, h hidden, n query heads, m key/value heads, d head dim, t
-tensor-parallel, c context-parallel and u Ulysses degree.
+tensor-parallel degree.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
-from functools import partial
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from megatron.distributed.context_parallel.ring import ring_attention
-from megatron.distributed.context_parallel.ulysses import all_to_all_heads_to_seq, all_to_all_seq_to_heads
 from megatron.distributed.param_attrs import HeadLayout, mark_heads, recorded_logits
 from megatron.distributed.param_init import ParamFactory
 from megatron.distributed.tensor_parallel.key_heads import gather_head
 from megatron.distributed.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megatron.distributed.tensor_parallel.sequence_parallel import Regather
-from megatron.kernels.attention import AttentionKernel, masked_attention
-from megatron.kernels.attention_patterns import AttentionMask
+from megatron.kernels.attention import masked_attention
 from megatron.kernels.max_logits import max_logits
+from megatron.model.attention.self_attention import SelfAttention, visible_mask
 from megatron.model.block_spec import BlockSpec
-from megatron.model.kv_cache import CacheSlots, KVCache
-from megatron.model.positions.base import document_positions
+from megatron.model.kv_cache import KVCache
 
 
-class ParallelSelfAttention(nn.Module):
+class ParallelSelfAttention(SelfAttention):
     """Causal attention of block ``number`` (from 0).
 
     Raises ValueError if the heads or the key/value heads do not divide by the tensor-parallel degree.
     """
 
     def __init__(self, number: int, spec: BlockSpec, source: ParamFactory) -> None:
-        super().__init__()
+        super().__init__(number, spec, source)
         dims, size = spec.dims, source.axis.size
         self.kv_heads = max(1, dims.num_kv_heads // size)  # m/t
         self.key_head = spec.key_head
@@ -69,25 +55,7 @@ class ParallelSelfAttention(nn.Module):
                 f"{self.kv_heads} key/value heads of a tensor-parallel rank do not divide by "
                 f"{ulysses.size} context-parallel ranks that exchange heads"
             )
-        self.number = number
-        self.heads = dims.num_attention_heads // size  # n/t
-        self.head_dim = dims.head_dim
         self.grouped = dims.grouped
-        self.positions = spec.positions[number]
-        self.reset_attention, self.reset_positions = spec.reset_attention, spec.reset_positions
-        self.attend: AttentionKernel = spec.kernels.attention[dims.kind(number)]
-        self.dropout = spec.attention_dropout
-        self.shards = spec.shards
-        recompute = spec.kernels.recompute
-        self.ring = ring_attention if recompute is None else partial(recompute, ring_attention)
-        self.draws = spec.random.fork if size > 1 and self.dropout > 0 else nullcontext
-        shared = range(self.heads // ulysses.size)  # n/(t u): the heads that one core sees
-        self.core_heads = slice(ulysses.rank * len(shared), (ulysses.rank + 1) * len(shared))
-        first = source.axis.rank * self.heads + self.core_heads.start
-        self.pattern = spec.patterns[number](range(first, first + len(shared)))
-        self.rpe = spec.relative_positions
-        self.query_factor = spec.multipliers.query * spec.scales.query
-        self.softcap = spec.scales.attention_bound
         self.q_layernorm = spec.head_norm(dims.num_attention_heads) if spec.head_norm else None
         self.k_layernorm = spec.head_norm(dims.num_kv_heads) if spec.head_norm else None
         self.query_key_value = ColumnParallelLinear(
@@ -119,7 +87,7 @@ class ParallelSelfAttention(nn.Module):
         document_starts: Tensor | None = None,
         regather: Regather | None = None,
     ) -> Tensor:
-        """[s, b, h] -> the input of ``dense`` [s, b, n/t * d].
+        """[s, b, h] -> the input of ``dense`` [s, b, n/t * d]; see the base class.
 
         Args:
             x: input of the block's attention.
@@ -140,48 +108,17 @@ class ParallelSelfAttention(nn.Module):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, document_starts: Tensor | None) -> Tensor:
         """Attends over full sequences: q [b, n/t, s, d], k and v [b, m/t, s, d] -> [b, n/t, s, d]."""
-        shards = self.shards
         if self.positions is not None:
-            q, k = self.positions.pair(q, k, *self._positions_of(q, document_starts))
+            q, k = self.positions.pair(q, k, *self.positions_of(q, document_starts))
         logits = recorded_logits(self.query_key_value.weight)
         if logits is not None and self.training and torch.is_grad_enabled():
             logits.copy_(torch.maximum(logits, max_logits(q.detach(), k.detach())))
-        starts = document_starts if self.reset_attention else None
-        q, k, v = (all_to_all_seq_to_heads(part, shards.ulysses) for part in (q, k, v))  # [b, n/(t u), u s, d]
-        view = self._view(q.shape[2] * shards.ring.size, q.device)
-        if shards.ring.size > 1:
-            core = self.ring(q, k, v, shards, starts, view)
-        else:
-            with self.draws():
-                core = self.attend(q, k, v, self.dropout if self.training else 0.0, starts, view)
-        return all_to_all_heads_to_seq(core, shards.ulysses)  # [b, n/t, s, d]
-
-    def _positions_of(self, q: Tensor, document_starts: Tensor | None) -> tuple[int, Tensor | None]:
-        """Returns the first position of this rank's queries [b, n/t, s, d], and the positions [b, s] if they do not
-        follow each other from there; none of them is above the first one by s or more.
-        """
-        shards, batch, length = self.shards, q.shape[0], q.shape[2]
-        at = document_positions(document_starts) if self.reset_positions else None
-        if at is not None:
-            at = shards.shard(at)
-        elif not shards.in_order:
-            at = shards.positions(length, q.device).expand(batch, -1)
-        return (shards.first(length) if shards.in_order else (shards.context.size - 1) * length), at
-
-    def _view(self, length: int, device: torch.device) -> AttentionMask | None:
-        """Returns the mask and biases for a sequence of that length, or None."""
-        if self.pattern is None and self.rpe is None and self.softcap is None:
-            return None
-        if self.rpe is None:
-            return AttentionMask(self.pattern, softcap=self.softcap)
-        slopes_on: Callable[[torch.device], Tensor] | None = getattr(self.rpe, "slopes_on", None)
-        slopes = None if slopes_on is None else slopes_on(device)[self.core_heads]
-        return AttentionMask(self.pattern, self.rpe(length, device)[self.core_heads], slopes, self.softcap)
+        return self.core(q, k, v, document_starts)
 
     def _attend_cached(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache) -> Tensor:
         """Attends from new positions to the cache: shapes as in ``_attend``. The cache may have a higher precision."""
         slots, dtype = cache.slots(q.shape[2]), q.dtype
-        view = self._view(slots.end, q.device)
+        view = self.view(slots.end, q.device)
         if view is None and cache.decode_kernel is not None and q.shape[2] == 1 and dtype == cache.memory.dtype:
             table = None if self.positions is None else self.positions.table(slots.end, q.device)
             return cache.attend_decode(self.number, q[:, :, 0], k[:, :, 0], v[:, :, 0], table).unsqueeze(2)
@@ -189,7 +126,7 @@ class ParallelSelfAttention(nn.Module):
             q, k = self.positions.pair(q, k, cache.length, slots.positions)
         k, v = cache.update(self.number, k, v)  # [b, m/t, end, d]
         if view is not None:
-            shown = _visible_mask(view, slots, q.shape[2], q.device)
+            shown = visible_mask(view, slots, q.shape[2], q.device)
             if view.pattern is not None and slots.positions is None:  # keys that no row sees cost nothing
                 seen = view.pattern.columns(slots.end - q.shape[2], slots.end, 0, q.device)
                 k, v, shown = k[:, :, seen], v[:, :, seen], shown[..., seen]
@@ -198,10 +135,9 @@ class ParallelSelfAttention(nn.Module):
             return masked_attention(q.to(k.dtype), k, v, slots.mask).to(dtype)
         return self.attend(q.to(k.dtype), k, v, 0.0, None).to(dtype)
 
-    def forward(self, x: Tensor, cache: KVCache | None = None, document_starts: Tensor | None = None) -> Tensor:
-        """[s, b, h] -> [s, b, h], equal on all ranks."""
-        regather = Regather.of(self.dense.axis)
-        return self.dense(self.inner(x, cache, document_starts, regather), regather)
+    def linear_layers(self) -> list[ColumnParallelLinear | RowParallelLinear]:
+        """Returns the layers with a sharded weight."""
+        return [self.query_key_value, self.dense]
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[s, b, (n + 2m)/t * d] -> queries [s, b, n/t, d], keys and values [s, b, m/t, d].
@@ -220,11 +156,3 @@ class ParallelSelfAttention(nn.Module):
         spec = qkv.view(length, batch, self.heads + 2 * self.kv_heads, self.head_dim)
         q, k, v = spec.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
         return q, k, v
-
-
-def _visible_mask(view: AttentionMask, slots: CacheSlots, length: int, device: torch.device) -> Tensor:
-    """Returns the mask of cached rows for ``masked_attention``: [b or 1, n or 1, s, end]."""
-    keys = torch.arange(slots.end, device=device)
-    queries = keys[None, slots.end - length :] if slots.positions is None else slots.positions  # [b or 1, s]
-    queries, keys = queries[:, None, :, None], keys[None, None, None]
-    return view.seen(queries, keys) if view.bias is None else view.scores(queries, keys)

@@ -4,8 +4,9 @@ linear (arXiv:2306.15595): every frequency is divided by `factor`. dynamic (NTK-
 slowest pair reaches `factor` times further than at `original_max_position_embeddings`. It depends on the `seq_length`
 of the run, not on each sequence, so that cached keys keep their angles; a model whose sequences are not longer than
 that is unchanged. yarn (arXiv:2309.00071): fast pairs are unchanged, slow ones are divided by `factor`, those between
-are interpolated; cosines and sines are multiplied by an attention factor, 0.1 ln(factor) + 1 unless set. llama3 (Llama
-3.1): the same idea with bounds in wavelengths.
+are interpolated; cosines and sines are multiplied by an attention factor, 0.1 ln(factor) + 1 unless set, or the ratio
+of such factors of `mscale` and `mscale_all_dim` (DeepSeek). llama3 (Llama 3.1): the same idea with bounds in
+wavelengths.
 
 Angles are position * frequency. r: rotated features of a head.
 """
@@ -64,8 +65,27 @@ def _yarn(turned: int, base: float, scaling: Mapping[str, Any], length: int) -> 
     ramp = (torch.arange(turned // 2, dtype=torch.float32, device="cpu") - low) / max(high - low, 0.001)
     slow = ramp.clamp(0, 1)
     plain = frequencies(turned, base)
-    attention = scaling.get("attention_factor") or (0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0)
-    return plain / factor * slow + plain * (1 - slow), attention
+    return plain / factor * slow + plain * (1 - slow), scaling.get("attention_factor") or _yarn_attention(scaling)
+
+
+def _yarn_attention(scaling: Mapping[str, Any]) -> float:
+    """Returns the factor of cosines and sines; where both factors of DeepSeek are given, their ratio."""
+    over, under = scaling.get("mscale"), scaling.get("mscale_all_dim")
+    if over and under:
+        return yarn_mscale(scaling["factor"], over) / yarn_mscale(scaling["factor"], under)
+    return yarn_mscale(scaling["factor"])
+
+
+def yarn_mscale(factor: float, multiple: float = 1.0) -> float:
+    """Returns 0.1 multiple ln(factor) + 1, by which the attention of longer contexts is sharper."""
+    return 0.1 * multiple * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def score_factor(scaling: Mapping[str, Any] | None) -> float:
+    """Returns the factor of the scores of latent attention: the square of mscale_all_dim's, as DeepSeek has it."""
+    if not scaling or not scaling.get("mscale_all_dim"):
+        return 1.0
+    return yarn_mscale(scaling["factor"], scaling["mscale_all_dim"]) ** 2
 
 
 def _llama3(turned: int, base: float, scaling: Mapping[str, Any], length: int) -> Scaled:
