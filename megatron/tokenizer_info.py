@@ -85,6 +85,22 @@ class MaskingTokens:
     """A byte an id: 1 where the piece continues the word before it, so that both are masked together."""
 
 
+@dataclass(frozen=True)
+class SpanTokens:
+    """What span corruption needs of a vocabulary."""
+
+    words: MaskingTokens
+    """Which pieces continue a word, and the id of padding."""
+    start: int
+    """The id that the decoder starts with."""
+    end: int
+    """The id behind the last span."""
+    sentinels: tuple[int, ...]
+    """The ids that stand for the first span of a sample, the second one, ..."""
+    source_end: int | None = None
+    """The id behind what the encoder reads, where the vocabulary is T5's; None where nothing is."""
+
+
 def describe_tokenizer(kind: str, tokenizer: EncodingTokenizer, *, append_eod: bool = True) -> TokenizerInfo:
     """Describes a tokenizer. append_eod: whether each document ends with its end-of-document token."""
     ids = [int(token) for token in tokenizer.encode(PROBE)]

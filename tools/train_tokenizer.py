@@ -24,6 +24,7 @@ from megatron.data.preprocess.count_tokens import read_texts
 from megatron.data.preprocess.encode import SkippedCounts
 from megatron.data.preprocess.text_files import TextFile, find_text_files
 from megatron.errors import ConfigError, RunError
+from megatron.tokenizers.bert import span_special
 from megatron.tokenizers.trainer import save_tokenizer, train_byte_level_bpe, train_sentence_piece
 from megatron.tokenizers.word_piece_trainer import save_word_pieces, train_word_pieces
 
@@ -54,6 +55,13 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "-v", "--vocab-size", "--vocab_size", type=int, default=52000, help="ids, special ones included"
     )
+    result.add_argument(
+        "--extra-ids",
+        "--extra_ids",
+        type=int,
+        default=0,
+        help="sentinels <extra_id_0> and on, with [BOS] and [EOS], at the end of a WordPiece vocabulary: for T5",
+    )
     return result
 
 
@@ -67,12 +75,14 @@ def learn_word_pieces(args: argparse.Namespace, files: Sequence[TextFile], outpu
         skipped: Counts lines without a document, in the last of two passes.
     """
     counts = iter((SkippedCounts(), skipped))
+    of_spans = span_special(args.extra_ids) if args.extra_ids else []
     pieces = train_word_pieces(
         lambda: read_texts(files, args.jsonl_key, next(counts)),
-        args.vocab_size,
+        args.vocab_size - len(of_spans),
         lower=WORD_PIECES[args.tokenizer_type],
         show_progress=sys.stderr.isatty(),
     )
+    pieces += [token for token in of_spans if token not in pieces]
     save_word_pieces(pieces, output)
     return len(pieces)
 

@@ -8,6 +8,7 @@ Source: arXiv:1810.04805.
 
 from __future__ import annotations
 
+from itertools import count, takewhile
 from typing import Any
 
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
@@ -20,6 +21,18 @@ END = "[SEP]"
 UNKNOWN = "[UNK]"
 SPECIAL = ("[PAD]", UNKNOWN, "[CLS]", END, "[MASK]")
 """Special tokens of a vocabulary, those that it has."""
+OF_SPANS = ("[BOS]", "[EOS]")
+"""Those that a vocabulary for span corruption has besides, and sentinels."""
+
+
+def sentinel(number: int) -> str:
+    """Returns the token that stands for span `number`, from 0."""
+    return f"<extra_id_{number}>"
+
+
+def span_special(count: int) -> list[str]:
+    """Returns the tokens that span corruption adds to a vocabulary. count: sentinels."""
+    return [*OF_SPANS, *(sentinel(number) for number in range(count))]
 
 
 class WordPieces(FromTokenizers):
@@ -77,5 +90,7 @@ def _word_pieces(kind: str, vocab_file: str | None, *, lower: bool) -> FastToken
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lower, strip_accents=lower)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL if token in vocabulary])
+    sentinels = takewhile(vocabulary.__contains__, map(sentinel, count()))
+    special = [*(token for token in (*SPECIAL, *OF_SPANS) if token in vocabulary), *sentinels]
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
     return tokenizer

@@ -1,4 +1,4 @@
-"""What a masked language model needs of a tokenizer: its special tokens, and which pieces continue a word.
+"""What a masked language model or span corruption needs of a tokenizer: special tokens, which pieces continue a word.
 
 In a WordPiece vocabulary a piece with `##` in front continues a word (arXiv:1810.04805). In byte-level and
 sentencepiece vocabularies a piece that starts with a blank starts a word, and the others continue one.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from megatron.errors import ConfigError
-from megatron.tokenizer_info import MaskingTokens
+from megatron.tokenizer_info import MaskingTokens, SpanTokens
 from megatron.tokenizers.base import Tokenizer
 from megatron.tokenizers.vocab_limit import full_tokenizer
 
@@ -23,6 +23,13 @@ SPELLINGS: Mapping[str, tuple[str, ...]] = {
     "pad": ("[PAD]", "<pad>", "<|padding|>"),
 }
 """Special token -> its spellings, those of BERT first."""
+
+OF_SPANS: Mapping[str, tuple[str, ...]] = {
+    "start": ("[BOS]", "<s>", "<pad>"),
+    "end": ("[EOS]", "</s>"),
+    "pad": ("[PAD]", "<pad>", "<|padding|>"),
+}
+"""Token of span corruption -> its spellings, those of Megatron-LM's word pieces first, then T5's."""
 
 
 def masking_tokens(tokenizer: Tokenizer) -> MaskingTokens:
@@ -45,6 +52,43 @@ def masking_tokens(tokenizer: Tokenizer) -> MaskingTokens:
     ids = {name: number for name, number in named.items() if number is not None}
     special = frozenset(tokenizer.special_tokens.values())
     return MaskingTokens(**ids, vocab_size=tokenizer.vocab_size, continues=continuing_pieces(pieces, special))
+
+
+def span_tokens(tokenizer: Tokenizer, needed: int) -> SpanTokens:
+    """Returns the tokens for samples of span corruption. Raises ConfigError for a vocabulary that lacks some.
+
+    needed: sentinels that a sample usually has.
+    """
+    tokenizer = full_tokenizer(tokenizer)
+    special, pieces = tokenizer.special_tokens, getattr(tokenizer, "pieces", None)
+    known = {piece: number for number, piece in enumerate(pieces or ())} | dict(special)
+    sentinels = list[int]()
+    while f"<extra_id_{len(sentinels)}>" in known:
+        sentinels.append(known[f"<extra_id_{len(sentinels)}>"])
+    found = {name: next((known[text] for text in texts if text in known), None) for name, texts in OF_SPANS.items()}
+    missing = [" or ".join(OF_SPANS[name]) for name, number in found.items() if number is None]
+    if len(sentinels) < needed:
+        missing.append(f"{needed} sentinels, <extra_id_0> and on (it has {len(sentinels)})")
+    if missing or pieces is None:
+        raise ConfigError.of(
+            "train_impl: t5 puts a sentinel in place of each span, and the tokenizer lacks "
+            + (", ".join(missing) or "a list of its pieces"),
+            key="tokenizer_type",
+            hint="use a vocabulary with these tokens, such as T5's; tools/train_tokenizer.py --tokenizer-type WordPiece"
+            " --extra-ids 100 learns one, and they can be appended to a vocab.txt, a line each",
+        )
+    ids = {name: number for name, number in found.items() if number is not None}
+    absent = -1
+    words = MaskingTokens(
+        cls=known.get("[CLS]", absent),
+        sep=known.get("[SEP]", absent),
+        mask=absent,
+        pad=ids["pad"],
+        vocab_size=tokenizer.vocab_size,
+        continues=continuing_pieces(pieces, frozenset(special.values()) | frozenset(sentinels)),
+    )
+    source_end = ids["end"] if ids["start"] == ids["pad"] else None  # T5 has no start token of its own
+    return SpanTokens(words, ids["start"], ids["end"], tuple(sentinels), source_end)
 
 
 def continuing_pieces(pieces: Sequence[str], special: frozenset[int]) -> bytes:

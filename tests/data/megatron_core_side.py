@@ -3,6 +3,7 @@
 read: every document of FOLDER/ours -> FOLDER/read.npz. write: FOLDER/documents.npz -> FOLDER/theirs.bin and .idx.
 index: FOLDER/index_input.npz -> the compiled helper's sample index and blend in FOLDER/index_output.npz.
 masked: FOLDER/given.json and the data set FOLDER/masked -> rows and masked samples in FOLDER/masked_output.npz.
+spans: FOLDER/given.json and the data set FOLDER/spans -> rows and samples of T5 in FOLDER/spans_output.npz.
 """
 
 import json
@@ -89,5 +90,39 @@ def masked(folder):
     np.savez(folder / "masked_output.npz", rows=samples.sample_index, **arrays)
 
 
+def spans(folder):
+    from collections import namedtuple
+
+    from megatron.core.datasets.t5_dataset import T5MaskedWordPieceDataset
+
+    given = json.loads((folder / "given.json").read_text())
+    data = IndexedDataset(str(folder / "spans"))
+    names = {number: ("##" if number >= given["first_piece"] else "") + str(number) for number in range(given["ids"])}
+    tokenizer = {"bos": given["start"], "eos": given["end"], "cls": -1, "sep": -1, "mask": -1, "pad": 0}
+    tokenizer |= {"inv_vocab": names, "additional_special_tokens_ids": given["sentinels"]}
+    samples = object.__new__(T5MaskedWordPieceDataset)  # its constructor asks for process groups
+    samples.config = SimpleNamespace(
+        sequence_length=given["source"],
+        sequence_length_encoder=given["source"],
+        sequence_length_decoder=given["target"],
+        random_seed=given["seed"],
+        tokenizer=namedtuple("Tokenizer", tokenizer)(**tokenizer),
+        masking_probability=0.15,
+        masking_max_ngram=10,
+        masking_do_full_word=True,
+        masking_use_longer_ngrams=False,
+        masking_use_geometric_distribution=True,
+        masking_do_permutation=False,
+    )
+    samples.dataset, samples.token_lookup, samples._pad_token_id = data, list(names), 0
+    samples.sample_index = helpers.build_mapping(
+        data.document_indices, data.sequence_lengths, 2**31 - 2, given["samples"], given["source"] - 2, 0.3,
+        given["seed"], False, 1,
+    )  # fmt: skip
+    made = [samples[number] for number in range(len(samples.sample_index))]
+    arrays = {name: np.stack([np.asarray(each[name]) for each in made]) for name in made[0]}
+    np.savez(folder / "spans_output.npz", rows=samples.sample_index, **arrays)
+
+
 if __name__ == "__main__":
-    {"read": read, "write": write, "index": index, "masked": masked}[sys.argv[1]](Path(sys.argv[2]))
+    {"read": read, "write": write, "index": index, "masked": masked, "spans": spans}[sys.argv[1]](Path(sys.argv[2]))

@@ -18,7 +18,7 @@ from megatron.data.dataset.gpt_dataset import PackedDataset, Samples, UnpackedDa
 from megatron.data.dataset.index_cache import PACKED, IndexRequest, MapRequest, index_maps
 from megatron.data.dataset.index_map import IndexMap, epochs_needed
 from megatron.data.dataset.loader import BatchLoader
-from megatron.data.dataset.masked_builder import MaskedData, MaskedLoader
+from megatron.data.dataset.masked_builder import MaskedSamples
 from megatron.data.dataset.sampler import BatchSampler
 from megatron.data.dataset.sources import EACH_VALID, DataSource, Split, read_splits
 from megatron.data.dataset.splits import NAMES
@@ -65,7 +65,7 @@ def build_data(
     tokenizer: TokenizerInfo | None = None,
     ids: int | None = None,
     mark_padding: bool = False,
-    masked: MaskedData | None = None,
+    masked: MaskedSamples | None = None,
 ) -> Data:
     """The loaders of one data-parallel rank; every rank must call this, since it waits at the barrier.
 
@@ -90,7 +90,7 @@ def build_data(
         tokenizer: Of the run; data that is known to come from another is refused.
         ids: Those from here on are refused where they are read; None stands for the tokenizer's.
         mark_padding: Batches say which tokens are padding, where samples are padded.
-        masked: How the samples of a masked language model are made; None for a language model.
+        masked: How samples of masked tokens or spans are made; None for a language model.
     """
     started = time.monotonic()
     num_samples = dict(zip(NAMES, (train_samples, valid_samples, test_samples), strict=True))
@@ -107,7 +107,7 @@ def build_data(
         again = data.valid_same_samples and split.name not in ("train", "test")
         shared: dict[str, Any] = {"workers": data.num_workers, "pin_memory": torch.cuda.is_available(), "again": again}
         if masked is not None:
-            loaders[split.name] = MaskedLoader(samples, sampler(len(samples)), segments=masked.sentence_order, **shared)
+            loaders[split.name] = masked.loader(samples, sampler(len(samples)), **shared)
             continue
         loaders[split.name] = BatchLoader(
             samples,
@@ -142,7 +142,7 @@ def epoch_samples(
     seed: int,
     is_builder: bool,
     barrier: Callable[[], None],
-    masked: MaskedData | None = None,
+    masked: MaskedSamples | None = None,
 ) -> int:
     """Number of training samples in a number of epochs; collective. The errors are those of build_data.
 
@@ -153,7 +153,7 @@ def epoch_samples(
         seed: Seed of the shuffle.
         is_builder: True on the rank that builds index maps.
         barrier: Waits for all ranks.
-        masked: How the samples of a masked language model are made; None for a language model.
+        masked: How samples of masked tokens or spans are made; None for a language model.
     """
     splits, _ = read_splits(data, {"train": 1}, train_epochs=epochs, kind=_kind(masked))
     requests = _requests(splits, data, seq_length, seed, masked)
@@ -193,12 +193,12 @@ def index_requests(data: DataSection, split: Split, seq_length: int, seed: int) 
     return requests
 
 
-def _kind(masked: MaskedData | None) -> type[IndexedDataset]:
+def _kind(masked: MaskedSamples | None) -> type[IndexedDataset]:
     return IndexedDataset if masked is None else SentenceDataset
 
 
 def _requests(
-    splits: Sequence[Split], data: DataSection, seq_length: int, seed: int, masked: MaskedData | None
+    splits: Sequence[Split], data: DataSection, seq_length: int, seed: int, masked: MaskedSamples | None
 ) -> list[list[MapRequest]]:
     """The index maps that the sources of every split need."""
     if masked is not None:
@@ -222,7 +222,7 @@ def _samples(
     seed: int,
     *,
     unpacked: bool,
-    masked: MaskedData | None,
+    masked: MaskedSamples | None,
 ) -> Samples:
     order = full_passes([len(index) for index in maps]) if split.epochs and len(maps) > 1 else split.order
     made: list[Samples]

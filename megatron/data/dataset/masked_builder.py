@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -26,6 +26,18 @@ from megatron.data.dataset.sources import DataSource, Split
 from megatron.data.indexed.sentences import SentenceDataset
 from megatron.errors import ConfigError
 from megatron.tokenizer_info import MaskingTokens
+
+
+class MaskedSamples(Protocol):
+    """What makes samples of a kind in place of those of language models."""
+
+    def requests(self, split: Split, seq_length: int, seed: int) -> list[MapRequest]: ...
+
+    def samples(self, source: DataSource, index: Any, seq_length: int, seed: int) -> Samples: ...
+
+    def order_facts(self) -> dict[str, Any]: ...
+
+    def loader(self, samples: Samples, sampler: BatchSampler, **settings: Any) -> BatchLoader: ...
 
 
 @dataclass(frozen=True)
@@ -72,6 +84,10 @@ class MaskedData:
         rule = MaskingRule(self.tokens, self.mask_prob, self.max_ngram)
         settings = MaskedSettings(rule, seed, seq_length, self.sentence_order)
         return (PackedDocuments if self.packed else SentencePairs)(source.data, index, settings)
+
+    def loader(self, samples: Samples, sampler: BatchSampler, **settings: Any) -> BatchLoader:
+        """Returns the loader of a rank; the arguments are those of a MaskedLoader."""
+        return MaskedLoader(samples, sampler, segments=self.sentence_order, **settings)
 
     def order_facts(self) -> dict[str, Any]:
         """Returns the settings that decide which sample is number k, by their keys."""

@@ -9,6 +9,7 @@ depends on its seed alone.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -51,26 +52,47 @@ class MaskingRule:
             target: Length that it was made for [tokens].
             random: Source of all random numbers.
         """
+        chosen: list[int] = []
+        bounds = self._ngram_bounds
+
+        def draw() -> int:
+            return int(bounds.searchsorted(random.random_sample(), side="right")) + 1
+
+        for positions in self._ngrams(tokens, target, random, draw):
+            for position in positions:
+                chosen.append(position)
+                self._replace(tokens, position, random)
+        return np.array(sorted(chosen), np.int64)
+
+    def _ngrams(
+        self, tokens: np.ndarray, target: int, random: np.random.RandomState, draw: Callable[[], int]
+    ) -> Iterator[list[int]]:
+        """Yields the positions of each n-gram that is chosen, until there are enough.
+
+        Args:
+            tokens: The sample without padding; not read after the first result.
+            target: Length that it was made for [tokens].
+            random: Source of random numbers.
+            draw: Draws the words of an n-gram.
+        """
         words, ends = self._words(tokens)
         limit = min(self.mask_prob * target, max(1, round(len(tokens) * self.mask_prob)))
         order = np.arange(len(ends) - 1)
         random.shuffle(order)
-        bounds, last = self._ngram_bounds, len(ends) - 1
-        chosen: list[int] = []
+        last, chosen = len(ends) - 1, 0
         taken = np.zeros(last, bool)  # words
         for word in order.tolist():
-            if len(chosen) >= limit:
-                break
-            count = int(bounds.searchsorted(random.random_sample(), side="right")) + 1
-            while count and len(chosen) + ends[min(word + count, last)] - ends[word] > limit:
+            if chosen >= limit:
+                return
+            count = draw()
+            while count and chosen + ends[min(word + count, last)] - ends[word] > limit:
                 count -= 1
             if not count or taken[word : word + count].any():
                 continue
             taken[word : word + count] = True
-            for position in words[ends[word] : ends[min(word + count, last)]].tolist():
-                chosen.append(position)
-                self._replace(tokens, position, random)
-        return np.array(sorted(chosen), np.int64)
+            positions = words[ends[word] : ends[min(word + count, last)]].tolist()
+            chosen += len(positions)
+            yield positions
 
     def _words(self, tokens: np.ndarray) -> tuple[np.ndarray, list[int]]:
         """Returns the positions of the tokens of all words, and where in them each word starts, and the end."""
@@ -84,3 +106,37 @@ class MaskingRule:
             tokens[position] = self.tokens.mask
         elif random.random_sample() >= RANDOM:
             tokens[position] = random.randint(0, self.tokens.vocab_size)
+
+
+@dataclass(frozen=True)
+class SpanRule(MaskingRule):
+    """The settings of span corruption: an n-gram has a geometric number of words (SpanBERT, arXiv:1907.10529)."""
+
+    max_ngram: int = 10
+    """Most words of a span."""
+    mean_words: float = 5.0
+    """Mean of the geometric distribution, before it is cut off at max_ngram [words]."""
+    most_spans: int = 100
+    """Sentinels of the vocabulary."""
+    room: int = 128
+    """Most tokens of the decoder's input."""
+
+    def spans(self, tokens: np.ndarray, target: int, random: np.random.RandomState) -> list[list[int]]:
+        """Returns the positions of each span, in the order of the sample.
+
+        There are no more than there are sentinels, and the decoder's input has room for all.
+
+        Args:
+            tokens: The sample.
+            target: Length that it was made for [tokens].
+            random: Source of all random numbers.
+        """
+        share, most = 1 / self.mean_words, self.max_ngram
+        found: list[list[int]] = []
+        length = 1  # the token that starts the decoder
+        for positions in self._ngrams(tokens, target, random, lambda: min(int(random.geometric(share)), most)):
+            length += 1 + len(positions)
+            if length > self.room or len(found) == self.most_spans:
+                break
+            found.append(positions)
+        return sorted(found)
