@@ -52,7 +52,6 @@ REFUSED = {
     "num_hidden_layers": "write num_layers",
     "num_key_value_heads": "write num_kv_heads",
     "head_dim": "write kv_channels",
-    "encoder_seq_length": "write seq_length",
     "max_seq_length": "write seq_length",
     "max_seq_len": "write seq_length",
     "model_max_length": "write seq_length",

@@ -66,6 +66,10 @@ class BlockSpec:
     """Tokens attend to their own document only."""
     reset_positions: bool = False
     """Positions start again with each document."""
+    encoder_length: int = 0
+    """Tokens of the encoder in a sequence of an encoder-decoder; 0 for a model of one stack."""
+    encoder_rows: int = 0
+    """Those of them whose residual stream this rank has, fewer with sequence parallelism."""
     shards: SequenceShards = field(default_factory=SequenceShards)
     """Which positions of a sequence each of the ranks has that share it."""
     states: StatePassing = field(default_factory=lambda: StatePassing(Axis("context")))

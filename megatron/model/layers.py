@@ -34,10 +34,17 @@ from megatron.distributed.tensor_parallel.lora import LoraSpec
 from megatron.kernels.attention_patterns import BlockPattern, MaskPattern, Window
 from megatron.kernels.rotary import RotaryPair
 from megatron.layer_types import options_of_blocks
+from megatron.model.attention.cross import EncoderAttention
 from megatron.model.attention.latent import LatentSelfAttention
 from megatron.model.block import Block, TransformerBlock
 from megatron.model.block_spec import BlockSpec
 from megatron.model.embedding import EmbeddingLayer
+from megatron.model.encoder_decoder import (
+    DecoderNorm,
+    DecoderTransformerBlock,
+    EncoderDecoderEmbedding,
+    EncoderTransformerBlock,
+)
 from megatron.model.head import FinalNorm, Head, Identity, TiedHead
 from megatron.model.masked_head import MaskedHead
 from megatron.model.model_spec import ModelSpec
@@ -84,20 +91,29 @@ def build_layer_specs(spec: ModelSpec) -> list[LayerSpec]:
     blocks = _block_spec(spec)
     last = spec.dims.num_layers + 4
     return [
-        LayerSpec(0, EmbeddingLayer, {"spec": spec, "blocks": blocks}),
+        LayerSpec(
+            0, EncoderDecoderEmbedding if spec.dims.encoder_layers else EmbeddingLayer, {"spec": spec, "blocks": blocks}
+        ),
         LayerSpec(1, Identity),
         *(
             LayerSpec(
                 number + 2,
-                _block(kind),
+                _block(kind, spec.dims, number),
                 {"number": number, "spec": blocks, "source": spec.param_factory(number + 2)},
             )
             for number, kind in enumerate(spec.dims.kinds)
         ),
         LayerSpec(last - 2, Identity),
-        LayerSpec(last - 1, FinalNorm, {"norm": blocks.norm, "dtype": spec.dtype}),
+        _final_norm(spec, blocks, last - 1),
         _output_layer(spec, blocks, last),
     ]
+
+
+def _final_norm(spec: ModelSpec, blocks: BlockSpec, index: int) -> LayerSpec:
+    given = {"norm": blocks.norm, "dtype": spec.dtype}
+    if spec.dims.encoder_layers:
+        return LayerSpec(index, DecoderNorm, {**given, "encoder_rows": blocks.encoder_rows})
+    return LayerSpec(index, FinalNorm, given)
 
 
 def _output_layer(spec: ModelSpec, blocks: BlockSpec, index: int) -> LayerSpec:
@@ -119,6 +135,7 @@ def _block_spec(spec: ModelSpec) -> BlockSpec:
     norm = NORMS.load(model.norm)
     epsilon = getattr(model, NORMS.entry(model.norm).epsilon)
     axis, positions = topology.model, POSITIONS.load(model.pos_emb)
+    length = model.encoder_seq_length or 0 if dims.encoder_layers else 0
     kernels, entry = spec.kernels, NORMS.entry(model.norm)
     norm_kernel = None if entry.kernel is None else getattr(kernels, entry.kernel)
 
@@ -133,7 +150,7 @@ def _block_spec(spec: ModelSpec) -> BlockSpec:
         norm_of_shard=norm_of_shard,
         positions=_positions(model, dims.rotary_width, kernels.rotary),
         activation=kernels.activation(model.activation, ACTIVATIONS.load(model.activation)),
-        attention=tuple(_attention(dims, kind) for kind in dims.kinds),
+        attention=tuple(_attention(dims, kind, block) for block, kind in enumerate(dims.kinds)),
         mlp=tuple(MLPS.load("moe" if dims.has_experts(block) else "dense") for block in range(dims.num_layers)),
         patterns=_patterns(model, dims.kinds),
         relative_positions=positions.for_scores(
@@ -149,6 +166,8 @@ def _block_spec(spec: ModelSpec) -> BlockSpec:
         dtype=spec.dtype,
         reset_attention=spec.reset_attention,
         reset_positions=spec.reset_positions,
+        encoder_length=length,
+        encoder_rows=length // axis.size if axis.sequence_parallel else length,
         shards=SequenceShards.of(topology),
         states=StatePassing(topology.context),
         key_head=topology.key_head,
@@ -193,16 +212,32 @@ def _lora_specs(low_rank: LowRank | None, random: TensorParallelRNG) -> dict[str
     return dict.fromkeys(low_rank.targets, LoraSpec(low_rank.rank, low_rank.scale, low_rank.dropout, random))
 
 
-def _attention(dims: ModelDims, kind: str) -> Callable[..., nn.Module]:
-    """Returns the class of the attention or mixer of a block of that kind."""
+def _attention(dims: ModelDims, kind: str, block: int) -> Callable[..., nn.Module]:
+    """Returns the class of the attention or mixer of a block.
+
+    Args:
+        dims: sizes of the model.
+        kind: kind of the block.
+        block: its number.
+    """
+    if dims.encodes(block):
+        return EncoderAttention
     if dims.latent is not None and kind not in WITHOUT_ATTENTION:
         return LatentSelfAttention
     attention: Callable[..., nn.Module] = ATTENTION.load(kind)
     return attention
 
 
-def _block(kind: str) -> type[Block]:
-    """Returns the class of a block: the kind itself if it is a full block, else the block around it."""
+def _block(kind: str, dims: ModelDims, number: int) -> type[Block]:
+    """Returns the class of a block: the kind itself if it is a full block, else the block around it.
+
+    Args:
+        kind: kind of the block.
+        dims: sizes of the model.
+        number: of the block.
+    """
+    if dims.encoder_layers:
+        return EncoderTransformerBlock if dims.encodes(number) else DecoderTransformerBlock
     if ATTENTION.entry(kind).traits & STANDALONE_BLOCK:
         block: type[Block] = ATTENTION.load(kind)
         return block

@@ -221,18 +221,16 @@ def _specs(layer_specs: Sequence[LayerSpec]) -> list[DeepSpeedLayerSpec]:
     for layer in layer_specs:
         if layer.tied_to is not None:
             copy = {**layer_specs[layer.tied_to].arguments, "as_output_copy": True}
-            specs.append(_tied(copy, tied_output))
+            specs.append(_tied(layer_specs[layer.tied_to].layer, copy, tied_output))
         elif layer.index == tied_index:
-            specs.append(_tied(dict(layer.arguments), None))
+            specs.append(_tied(layer.layer, dict(layer.arguments), None))
         else:
             specs.append(DeepSpeedLayerSpec(layer.layer, **layer.arguments))
     return specs
 
 
-def _tied(arguments: dict[str, object], forward: Callable[..., Tensor] | None) -> TiedLayerSpec:
-    return TiedLayerSpec(
-        TIED, EmbeddingLayer, forward_fn=forward, tied_weight_attr="word_embeddings.weight", **arguments
-    )
+def _tied(layer: type[nn.Module], arguments: dict[str, object], forward: Callable[..., Tensor] | None) -> TiedLayerSpec:
+    return TiedLayerSpec(TIED, layer, forward_fn=forward, tied_weight_attr="word_embeddings.weight", **arguments)
 
 
 def tied_output(

@@ -25,10 +25,14 @@ def attention_block(dims: ModelDims, block: int) -> list[TensorShape]:
     table += row(layer, "attention.dense", dims.hidden_size, dims.value_size, dims.attention_bias)
     if dims.norms_after:
         table += norm(dims, layer, "attention_output_layernorm")
+    if dims.crosses(block):
+        table += cross_attention(dims, layer)
     if dims.norms_before and not dims.shared_norm:
         table += norm(dims, layer, "post_attention_layernorm")
     if dims.norms_after:
         table += norm(dims, layer, "mlp_output_layernorm")
+    if block == dims.encoder_layers - 1:
+        table += norm(dims, layer, "encoder_layernorm")
     if dims.has_experts(block):
         return table + experts(dims, layer) + shared_experts(dims, layer)
     return table + mlp(dims, layer, "mlp", dims.mlp_width, dims.mlp_bias)
@@ -58,6 +62,17 @@ def latent_projections(dims: ModelDims, latent: LatentDims, layer: int) -> list[
     table += replicated(layer, "attention.kv_down_proj", latent.cached, hidden, bias)
     table += norm(dims, layer, "attention.kv_layernorm", latent.rank)
     return table + column(layer, "attention.kv_up_proj", heads * (latent.plain + latent.value), latent.rank, False)
+
+
+def cross_attention(dims: ModelDims, layer: int) -> list[TensorShape]:
+    """Returns the tensors of attention to an encoder's output, and of the norm before it; keys and values are rows
+    head by head, [k, v].
+    """
+    query, hidden, name = dims.query_size, dims.hidden_size, "cross_attention"
+    table = norm(dims, layer, "cross_attention_layernorm")
+    table += column(layer, f"{name}.query", query, hidden, dims.has_qkv_bias)
+    table += column(layer, f"{name}.key_value", 2 * dims.kv_size, hidden, dims.has_qkv_bias)
+    return table + row(layer, f"{name}.dense", hidden, query, dims.attention_bias)
 
 
 def mlp(dims: ModelDims, layer: int, name: str, width: int, bias: bool) -> list[TensorShape]:

@@ -220,6 +220,8 @@ class ModelDims:
     """Whether the output layer is that of a masked language model."""
     binary_head: bool = False
     """With masked_head: whether there are a pooler and logits of the order of segments."""
+    encoder_layers: int = 0
+    """First blocks, which are an encoder; the others are its decoder. 0 for a model of one stack."""
     low_rank: LowRank | None = None
     """LoRA adapters; everything else but what they name to be trained is frozen then."""
     prompt: int = 0
@@ -275,6 +277,7 @@ class ModelDims:
             token_types=getattr(model, "num_token_types", None) or 0,
             masked_head=getattr(model, "lm_head", None) == MASKED_HEAD,
             binary_head=bool(getattr(model, "bert_binary_head", None)),
+            encoder_layers=getattr(model, "encoder_num_layers", None) or 0,
             low_rank=low_rank(getattr(model, "lora", None)),
             prompt=prompt_length(getattr(model, "soft_prompt_tuning", None)),
         )
@@ -286,6 +289,19 @@ class ModelDims:
     def has_experts(self, block: int) -> bool:
         """Returns whether a block has experts in place of one MLP."""
         return self.kind(block) not in WITHOUT_ATTENTION and self.mixture.has_experts(block)
+
+    def encodes(self, block: int) -> bool:
+        """Returns whether a block is one of an encoder-decoder's encoder."""
+        return block < self.encoder_layers
+
+    def crosses(self, block: int) -> bool:
+        """Returns whether a block attends to the output of an encoder."""
+        return 0 < self.encoder_layers <= block
+
+    @property
+    def relative_rows(self) -> int:
+        """Rows of the relative positions of an encoder-decoder: the encoder's, then the decoder's."""
+        return 2 * self.rpe_buckets
 
     @property
     def expert_width(self) -> int:

@@ -12,7 +12,6 @@ s sequence, b micro batch, h hidden, t tensor parallel degree.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 from megatron.output_blocks import rows_of_a_block
@@ -359,42 +358,3 @@ def head_activations(dims: ModelDims, layout: ActivationLayout, padded_vocab_siz
     matrix = vocabulary * dims.hidden_size * width if dims.trains_head else 0
     logits = rows * vocabulary * layout.width * (2 if layout.bounded_logits else 1)  # with the slopes of the bound
     return output + gathered + norm + hidden + matrix + logits
-
-
-def stage_activations(
-    dims: ModelDims,
-    layout: ActivationLayout,
-    *,
-    blocks: Sequence[int],
-    under_way: int,
-    padded_vocab_size: int | None,
-    pipelined: bool = False,
-) -> tuple[int, int]:
-    """Returns the bytes of the micro batches under way in a stage, and those that one pass of it adds.
-
-    The second are held at the end of a forward pass or when a group of blocks is recomputed, by one stage of a rank at
-    a time.
-
-    Args:
-        dims: of the model.
-        layout: the settings.
-        blocks: numbers of its blocks.
-        under_way: micro batches between their forward and backward pass.
-        padded_vocab_size: None where the stage has no output layer.
-        pipelined: whether tensors sent to and received from other stages are counted.
-    """
-    sizes = [block_activations(dims, layout, block) for block in blocks]
-    full = layout.tokens * dims.hidden_size * layout.width
-    boundary = int(full * layout.saved_fraction)
-    group = min(layout.recompute, len(sizes))
-    head = 0 if padded_vocab_size is None else head_activations(dims, layout, padded_vocab_size)
-    if layout.first_only:
-        saved = group * boundary + sum(sizes[group:])
-        repeated = group * boundary + max(sizes[:group], default=0)  # by then the others have been backpropagated
-    elif group:
-        saved = -(-len(sizes) // group) * boundary
-        repeated = saved + max(sum(sizes[first : first + group]) for first in range(0, len(sizes), group))
-    else:
-        saved = repeated = sum(sizes)
-    sent = (under_way + 1) * full if pipelined else 0
-    return under_way * saved + sent, max(saved + head, repeated + ring_buffers(dims, layout)) - saved

@@ -13,12 +13,14 @@ from megatron.config.derived.zero import REDUCTION_BUCKET
 from megatron.param_table import ModelDims, TensorShape, trainable_tensors
 from megatron.pipe_schedule.timing import in_flight
 from megatron.plan.advice import advice
+from megatron.plan.encoder_decoder import two_stack_activations, two_stack_flops
 from megatron.plan.estimates import PlanFigures
 from megatron.plan.flops import flops_per_iteration
 from megatron.plan.kernel_choices import device_of, kernel_figures, kinds_with_scores
-from megatron.plan.memory import ActivationLayout, Memory, StateLayout, stage_activations, state_memory
+from megatron.plan.memory import ActivationLayout, Memory, StateLayout, state_memory
 from megatron.plan.parameter_counts import model_tensors, on_rank, split_experts, total, unsupported_reason
 from megatron.plan.schedule import schedule_figures
+from megatron.plan.stage_activations import stage_activations
 from megatron.plan.stages import stage_bounds
 from megatron.plan.text_report import plan_text
 from megatron.plan.vocabulary import find_vocabulary
@@ -124,6 +126,9 @@ def memory_of(config: Config, table: list[TensorShape], padded_vocab_size: int, 
     assert model.num_layers
     dims = ModelDims.of(model, config.moe, config.mixers)
     layout = pipe_layout(config)
+    of_two_stacks: dict[str, Any] = {}
+    if dims.encoder_layers:
+        of_two_stacks = {"of_block": two_stack_activations(config), "head_length": model.decoder_seq_length}
     stored, activations = state_layout(config), activation_layout(config)
     candidates = []
     shared, experts = split_experts(table)
@@ -151,6 +156,7 @@ def memory_of(config: Config, table: list[TensorShape], padded_vocab_size: int, 
                 under_way=flying[stage],
                 padded_vocab_size=padded_vocab_size if stage == layout.stages - 1 else None,
                 pipelined=layout.stages > 1,
+                **of_two_stacks,
             )
             for stage in stages
             if flying[stage]
@@ -171,6 +177,10 @@ def model_flops(config: Config, table: Sequence[TensorShape], *, seq_length: int
         train_batch_size: [samples].
     """
     dims = ModelDims.of(config.model, config.moe, config.mixers)
+    model = config.model
+    if dims.encoder_layers and model.encoder_seq_length and model.decoder_seq_length:
+        lengths = model.encoder_seq_length, model.decoder_seq_length
+        return two_stack_flops(dims, table, lengths=lengths, train_batch_size=train_batch_size)
     sizes = {"seq_length": seq_length, "train_batch_size": train_batch_size}
     predicted = config.data.mask_prob if dims.masked_head else 1.0
     shares = visible_shares(config, seq_length)

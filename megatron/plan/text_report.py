@@ -47,7 +47,10 @@ def _model(plan: PlanFigures) -> list[str]:
     heads = f"{model.num_attention_heads} heads"
     if model.num_kv_heads != model.num_attention_heads:
         heads += f" over {model.num_kv_heads} key heads"
-    shape = f"{model.num_layers} blocks x {model.hidden_size}"
+    blocks = f"{model.num_layers} blocks"
+    if model.encoder_num_layers is not None:
+        blocks = f"{model.encoder_num_layers} encoder and {model.decoder_num_layers} decoder blocks"
+    shape = f"{blocks} x {model.hidden_size}"
     direction = " bidirectional" if model.attention_mask == BIDIRECTIONAL else ""
     attention = f"{direction} attention" if set(kinds) - WITHOUT_ATTENTION else ""
     if attention:
@@ -123,7 +126,9 @@ def _batch(config: Config) -> list[str]:
         f"x accumulation {training.gradient_accumulation_steps} x data {axes.data_parallel_size}"
     )
     tokens = training.train_batch_size * model.seq_length
-    lines = [_line("batch", text), _line("", f"{tokens:,} tokens a step at sequence length {model.seq_length}")]
+    parts = model.encoder_seq_length, model.decoder_seq_length
+    length = f"{model.seq_length}" if None in parts else f"{parts[0]} + {parts[1]}"
+    lines = [_line("batch", text), _line("", f"{tokens:,} tokens a step at sequence length {length}")]
     if training.train_iters is not None:
         lines.append(_line("length", f"{training.train_iters:,} steps, {short(tokens * training.train_iters)} tokens"))
     lr = config.optimizer.lr

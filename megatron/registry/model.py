@@ -119,6 +119,14 @@ POSITIONS = Registry(
             settings=("rpe_num_buckets", "rpe_max_distance"),
         ),
         PositionEntry(
+            "relative",
+            "megatron.model.positions.relative:EncoderDecoderPositions",
+            "T5's relative positions, a table for the encoder and one for the decoder",
+            enters=frozenset({"scores"}),
+            scores=(TensorSpec("weight", ("relative_rows", "num_attention_heads"), shard_dim=1),),
+            settings=("rpe_num_buckets", "rpe_max_distance"),
+        ),
+        PositionEntry(
             "alibi",
             "megatron.model.positions.alibi:Alibi",
             "Scores that fall with distance, arXiv:2108.12409",

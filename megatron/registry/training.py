@@ -118,6 +118,11 @@ OBJECTIVES = Registry(
             "megatron.objectives.masked_language_model:MaskedLanguageModel",
             "Cross entropy of masked tokens, and of the order of two segments, arXiv:1810.04805",
         ),
+        Entry(
+            "t5",
+            "megatron.objectives.language_model:LanguageModel",
+            "Cross entropy of the spans that an encoder's input lacks, arXiv:1910.10683",
+        ),
     ],
 )
 

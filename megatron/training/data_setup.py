@@ -9,12 +9,14 @@ from megatron.checkpoint.load.run_inputs_check import RunInputs
 from megatron.checkpoint.save.saver import Counters
 from megatron.config import Config
 from megatron.config.derived.batch_rampup import BatchRampup
+from megatron.config.derived.encoder_decoder import FRAME, SPANS, usual_spans
 from megatron.config.derived.lr_schedule import decay_horizon
 from megatron.config.schema.training import TrainingSection
 from megatron.config.validation.unknown_values import require
 from megatron.data.dataset.builder import Data, build_data, epoch_samples
 from megatron.data.dataset.data_order import order_facts
-from megatron.data.dataset.masked_builder import MaskedData
+from megatron.data.dataset.masked_builder import MaskedData, MaskedSamples
+from megatron.data.dataset.span_builder import SpanData
 from megatron.data.dataset.summary import DataPlan
 from megatron.distributed.mesh import Topology
 from megatron.distributed.process_group import all_gather_list, barrier
@@ -23,7 +25,7 @@ from megatron.ranks import Ranks
 from megatron.registry import MASKED_HEAD
 from megatron.tokenizer_info import TokenizerInfo, describe_tokenizer
 from megatron.tokenizers import Tokenizer
-from megatron.tokenizers.masking import masking_tokens
+from megatron.tokenizers.masking import masking_tokens, span_tokens
 from megatron.tokenizers.vocab_limit import full_tokenizer, known_ids
 
 
@@ -100,12 +102,15 @@ def build_run_data(config: Config, topology: Topology, tokenizer: Tokenizer, sta
     return data
 
 
-def masked_data(config: Config, tokenizer: Tokenizer) -> MaskedData | None:
-    """Returns how masked samples are made; None for a language model.
+def masked_data(config: Config, tokenizer: Tokenizer) -> MaskedSamples | None:
+    """Returns how samples of masked tokens or spans are made; None for a language model.
 
-    Raises ConfigError for a vocabulary without a mask. config: configuration of the run. tokenizer: of the model.
+    Raises ConfigError for a vocabulary without a mask or sentinels. config: configuration of the run. tokenizer: of the
+    model.
     """
     data = config.data
+    if config.training.train_impl == SPANS:
+        return span_data(config, tokenizer)
     if config.model.lm_head != MASKED_HEAD:
         return None
     return MaskedData(
@@ -114,6 +119,25 @@ def masked_data(config: Config, tokenizer: Tokenizer) -> MaskedData | None:
         packed=data.pack_impl == "packed",
         mask_prob=data.mask_prob,
         max_ngram=data.mask_max_ngram,
+        short_seq_prob=data.short_seq_prob,
+    )
+
+
+def span_data(config: Config, tokenizer: Tokenizer) -> SpanData:
+    """Returns how samples of span corruption are made.
+
+    Raises ConfigError for a vocabulary without enough sentinels. config: configuration of the run. tokenizer: of the
+    model.
+    """
+    data, length = config.data, require(config.model.encoder_seq_length)
+    spans, _ = usual_spans(data.mask_prob, length - FRAME, data.mask_max_ngram, data.mask_mean_words)
+    return SpanData(
+        span_tokens(tokenizer, spans),
+        encoder_length=length,
+        decoder_length=require(config.model.decoder_seq_length),
+        mask_prob=data.mask_prob,
+        max_words=data.mask_max_ngram,
+        mean_words=data.mask_mean_words,
         short_seq_prob=data.short_seq_prob,
     )
 

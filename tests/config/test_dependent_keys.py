@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from megatron.config import FIELDS, Resources, resolve
-from megatron.config.derived.fill import DERIVED_ONLY
+from megatron.config.derived.draft import DERIVED_ONLY
 from megatron.config.validation.dependent_keys import DEPENDENT
 from megatron.config.validation.unsupported import GAPS, IGNORED_HINTS, UNUSED_KEYS
 from megatron.registry.attention import SOFTMAX_KEYS
@@ -177,6 +177,19 @@ WHERE_IT_MATTERS: dict[str, tuple[Any, dict[str, Any] | None]] = {
     "mask_prob": (0.2, {"train_impl": "bert", "pack_impl": "unpacked"}),
     "mask_max_ngram": (1, {"train_impl": "bert", "pack_impl": "unpacked"}),
     "short_seq_prob": (0.2, {"train_impl": "bert", "pack_impl": "unpacked"}),
+    "mask_mean_words": (
+        3.0,
+        {
+            "train_impl": "t5",
+            "pack_impl": "unpacked",
+            "num_layers": None,
+            "seq_length": None,
+            "encoder_num_layers": 1,
+            "decoder_num_layers": 1,
+            "encoder_seq_length": 32,
+            "decoder_seq_length": 16,
+        },
+    ),
     "z_loss": (0.1, {"train_impl": "rm"}),
     "online_dataserver_ips": (["x"], {"dataset_impl": "online"}),
     "online_dataserver_ports": ([1], {"dataset_impl": "online"}),
@@ -212,6 +225,7 @@ EVERY_RUN = frozenset(
     rmsnorm_fusion use_flashattn_swiglu
     num_layers hidden_size num_attention_heads num_kv_heads kv_channels seq_length max_position_embeddings
     multi_latent_attention attention_mask lm_head bert_binary_head num_token_types
+    encoder_num_layers decoder_num_layers encoder_seq_length decoder_seq_length
     intermediate_size expansion_factor mlp_multiple_of activation norm norm_placement use_qk_layernorm
     use_bias_in_norms final_logit_softcapping scale_embeddings embedding_multiplier residual_multiplier logit_scale
     use_bias_in_attn_linear use_bias_in_mlp gpt_j_residual no_weight_tying attention_config hidden_dropout

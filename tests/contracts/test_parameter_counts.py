@@ -11,6 +11,7 @@ from megatron.config import Resources, resolve
 from megatron.distributed.mesh import Topology
 from megatron.model.layers import build_layer_specs
 from megatron.model.model_spec import ModelSpec
+from megatron.param_table import key_in_table
 from megatron.plan import make_plan
 from megatron.plan.parameter_counts import model_tensors
 from megatron.plan.vocabulary import find_vocabulary
@@ -43,7 +44,7 @@ def built(path: Path) -> tuple[int | None, dict[str, Any], dict[str, Any]]:
             )
         )
         modules = {
-            f"{layer.index}.{name}": tuple(parameter.shape)
+            key_in_table(layer.index, name): tuple(parameter.shape)
             for layer in layers
             if layer.tied_to is None or layer.arguments  # heads beside a tied matrix
             for name, parameter in layer.build().named_parameters()

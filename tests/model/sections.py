@@ -68,6 +68,9 @@ def model_section(**changes: object) -> Any:
         "embedding_multiplier": 1.0,
         "residual_multiplier": 1.0,
         "logit_scale": 1.0,
+        "encoder_num_layers": None,
+        "encoder_seq_length": None,
+        "decoder_seq_length": None,
     }
     unknown = changes.keys() - values.keys() - {"attention_config"}
     assert not unknown, unknown

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,9 @@ from megatron.config.derived.batch import (
     derive_batch,
     size_issues,
 )
+from megatron.config.derived.draft import ConfigDraft
 from megatron.config.derived.encoder import CONVERSION, ENCODER_KEYS, derive_encoder
+from megatron.config.derived.encoder_decoder import MOST_WORDS, PARTS, SPANS, derive_sums
 from megatron.config.derived.grad_accum_dtype import derive_data_types
 from megatron.config.derived.lr_schedule import decay_horizon
 from megatron.config.derived.mlp_width import HEAD_KEYS, head_dim
@@ -47,74 +48,7 @@ INFERENCE_SCRIPTS = frozenset(
     }
 )
 
-DERIVED_ONLY = {
-    "is_pipe_parallel": "pipe_parallel_size",
-    "zero_stage": "zero_optimization",
-    "zero_reduce_scatter": "zero_optimization",
-    "zero_contiguous_gradients": "zero_optimization",
-    "zero_reduce_bucket_size": "zero_optimization",
-    "zero_allgather_bucket_size": "zero_optimization",
-    "dynamic_loss_scale": "loss_scale",
-    "mup_base_widths": "base_shapes_file",
-}
-"""Output keys -> the key that decides them. Giving them another value is an error."""
-
 ZERO_OUTPUTS = ("stage", "reduce_scatter", "contiguous_gradients", "reduce_bucket_size", "allgather_bucket_size")
-
-
-@dataclass
-class ConfigDraft:
-    """Configuration values while defaults are filled in."""
-
-    values: dict[str, Any]
-    """Every key and its value."""
-    given: Collection[str]
-    """The keys that the user wrote."""
-    resources: Resources | None
-    """Resources of the cluster; None where they could not be found."""
-    unknown: set[str] = field(default_factory=set)
-    """Keys whose value is invalid or follows from an invalid one; reading one raises UnresolvedValue."""
-    derived: set[str] = field(default_factory=set)
-    """Keys whose value was derived."""
-    settled: set[str] = field(default_factory=set)
-    """Keys that the current derivation has set."""
-    issues: list[ConfigIssue] = field(default_factory=list)
-    """Errors found so far."""
-    warnings: list[str] = field(default_factory=list)
-    """Warnings found so far."""
-
-    def __getitem__(self, name: str) -> Any:
-        if name in self.unknown:
-            raise UnresolvedValue(name)
-        return self.values[name]
-
-    def knows(self, *names: str) -> bool:
-        """Returns whether all these values are known."""
-        return self.unknown.isdisjoint(names)
-
-    def derive(self, name: str, value: Any) -> None:
-        """Sets a derived value; an unchanged value keeps its origin."""
-        before = self.values[name]
-        if name in DERIVED_ONLY and name in self.given and self.knows(name) and before not in (None, value):
-            what, hint = (
-                f"this follows from {DERIVED_ONLY[name]}, which makes it {value!r}",
-                f"set {DERIVED_ONLY[name]} instead",
-            )
-            self.issues.append(ConfigIssue(what, key=name, value=before, hint=hint))
-        if before != value or type(before) is not type(value):
-            self.values[name] = value
-            self.derived.add(name)
-        self.settled.add(name)
-        self.unknown.discard(name)
-
-    def user(self, name: str) -> Any:
-        """Returns the user's value of the key, or None."""
-        return self[name] if name in self.given else None
-
-    def refuse(self, *issues: ConfigIssue) -> None:
-        """Records errors; the values of their keys become unknown."""
-        self.issues += issues
-        self.unknown |= {issue.key for issue in issues if issue.key is not None}
 
 
 def trains(user_script: str | None) -> bool:
@@ -146,6 +80,16 @@ def fill_defaults(
             continue
         draft.unknown |= fills - draft.settled
     return draft
+
+
+def _encoder_decoder(draft: ConfigDraft) -> None:
+    if draft["train_impl"] != SPANS:
+        return
+    names = [*PARTS, *(name for names in PARTS.values() for name in names), "max_position_embeddings"]
+    for name, value in derive_sums({name: draft[name] for name in names}).items():
+        draft.derive(name, value)
+    if "mask_max_ngram" not in draft.given:
+        draft.derive("mask_max_ngram", MOST_WORDS)
 
 
 def _sequence(draft: ConfigDraft) -> None:
@@ -374,6 +318,7 @@ def _fills(*names: str) -> frozenset[str]:
 
 
 DERIVATIONS: tuple[tuple[Callable[[ConfigDraft], None], frozenset[str]], ...] = (
+    (_encoder_decoder, _fills("num_layers", "seq_length", "max_position_embeddings")),
     (_sequence, _fills("seq_length")),
     (_required, _fills()),
     (_world, _fills("world_size", "distributed_backend")),

@@ -65,7 +65,15 @@ class DataSection(Section):
         True, "All hosts see the same files: one rank builds the index maps, and there is one copy of a checkpoint."
     )
     mask_prob: float = key(0.15, "Share of the tokens that a masked language model is to predict.", unit="probability")
-    mask_max_ngram: int = key(3, "Most words in a row that are masked together.", unit="words")
+    mask_max_ngram: int = key(
+        3, "Most words in a row that are masked together; 10 with train_impl t5 when left out.", unit="words"
+    )
+    mask_mean_words: float = key(
+        5.0,
+        "With train_impl t5: mean words of a span, of a geometric distribution that is cut off at mask_max_ngram, "
+        "arXiv:1907.10529.",
+        unit="words",
+    )
     short_seq_prob: float = key(
         0.1, "Share of padded samples of a masked language model with a random shorter length.", unit="probability"
     )

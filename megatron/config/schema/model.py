@@ -25,6 +25,10 @@ class ModelSection(Section):
     """Sizes and components of the transformer."""
 
     num_layers: int | None = key(None, "Number of transformer blocks.", unit="blocks")
+    encoder_num_layers: int | None = key(
+        None, "With train_impl t5: blocks of the encoder; num_layers is the sum of both.", unit="blocks"
+    )
+    decoder_num_layers: int | None = key(None, "With train_impl t5: blocks of the decoder.", unit="blocks")
     hidden_size: int | None = key(None, "Width of the residual stream.", unit="features")
     num_attention_heads: int | None = key(None, "Number of query heads in each block.", unit="heads")
     num_kv_heads: int | None = key(
@@ -35,6 +39,12 @@ class ModelSection(Section):
     )
     seq_length: int | None = key(
         None, "Tokens in one training sequence; max_position_embeddings when left out.", unit="tokens"
+    )
+    encoder_seq_length: int | None = key(
+        None, "With train_impl t5: tokens that the encoder reads; seq_length is the sum of both.", unit="tokens"
+    )
+    decoder_seq_length: int | None = key(
+        None, "With train_impl t5: tokens that the decoder reads and predicts.", unit="tokens"
     )
     max_position_embeddings: int | None = key(
         None, "Longest sequence the positions cover; seq_length when left out.", unit="tokens"
@@ -139,8 +149,8 @@ class ModelSection(Section):
         "of yarn mscale / mscale_all_dim is the factor of cosines and sines, and the second the root of that of scores "
         "with multi_latent_attention.",
     )
-    rpe_num_buckets: int = key(32, "Buckets of relative distance for pos_emb rpe.", unit="buckets")
-    rpe_max_distance: int = key(128, "Distance from which on rpe uses its last bucket.", unit="tokens")
+    rpe_num_buckets: int = key(32, "Buckets of relative distance for pos_emb rpe and relative.", unit="buckets")
+    rpe_max_distance: int = key(128, "Distance from which on rpe and relative use their last bucket.", unit="tokens")
     opt_pos_emb_offset: int = key(0, "Rows skipped at the start of the learned positions, as OPT needs (2).")
     num_unique_layers: int | None = key(None, "Number of blocks with weights of their own when blocks share weights.")
     param_sharing_style: str = key("grouped", "How blocks share weights when num_unique_layers is set.")
@@ -180,6 +190,13 @@ class ModelSection(Section):
     def text_length(self) -> int | None:
         """seq_length without the soft prompt [tokens]."""
         return None if self.seq_length is None else self.seq_length - prompt_length(self.soft_prompt_tuning)
+
+    @property
+    def longest_stack(self) -> int | None:
+        """Most tokens that a stack of blocks reads: seq_length, or the longer one of encoder and decoder [tokens]."""
+        if self.encoder_seq_length is None or self.decoder_seq_length is None or self.encoder_num_layers is None:
+            return self.seq_length
+        return max(self.encoder_seq_length, self.decoder_seq_length)
 
     @property
     def in_order(self) -> bool:

@@ -35,9 +35,10 @@ def positions_cover_sequence(config: Config) -> Iterator[ConfigIssue]:
     model = config.model
     assert model.max_position_embeddings is not None
     assert model.seq_length is not None
-    if model.max_position_embeddings < model.seq_length:
+    longest = model.longest_stack or model.seq_length
+    if model.max_position_embeddings < longest:
         yield ConfigIssue(
-            f"it is less than seq_length = {model.seq_length}",
+            f"it is less than {'seq_length' if longest == model.seq_length else 'a sequence'} = {longest}",
             key="max_position_embeddings",
             value=model.max_position_embeddings,
             hint="raise it, or shorten seq_length",

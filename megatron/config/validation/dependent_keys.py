@@ -72,8 +72,8 @@ def _has_experts(config: Config) -> bool:
     return config.moe.moe_num_experts > 1
 
 
-def _objective(name: str) -> Callable[[Config], bool]:
-    return lambda config: config.training.train_impl == name
+def _objective(*names: str) -> Callable[[Config], bool]:
+    return lambda config: config.training.train_impl in names
 
 
 def _has_full_adam(config: Config) -> bool:
@@ -352,7 +352,8 @@ DEPENDENT: tuple[DependentKeys, ...] = (
         _objective("reinforce"),
         "train_impl is not reinforce",
     ),
-    DependentKeys(("mask_prob", "mask_max_ngram", "short_seq_prob"), _objective("bert"), "train_impl is not bert"),
+    DependentKeys(("mask_prob", "mask_max_ngram", "short_seq_prob"), _objective("bert", "t5"), "nothing is masked"),
+    DependentKeys(("mask_mean_words",), _objective("t5"), "train_impl is not t5"),
     DependentKeys(("z_loss",), _objective("rm"), "train_impl is not rm"),
     DependentKeys(
         ("online_dataserver_ips", "online_dataserver_ports"),
@@ -372,8 +373,7 @@ def dependent_without_effect(config: Config) -> Iterator[tuple[str, str]]:
 
 def unreachable_saves(config: Config) -> list[int]:
     """Returns the iterations of extra_save_iters that the run does not reach [steps]."""
-    last = config.training.train_iters
-    requested = config.checkpoint.extra_save_iters or ()
+    last, requested = config.training.train_iters, config.checkpoint.extra_save_iters or ()
     return [number for number in requested if number < 0 or (last is not None and number > last)]
 
 
