@@ -17,6 +17,7 @@ from torch.nn import Module, Parameter
 from megatron.distributed.mesh import Topology
 from megatron.distributed.process_group import device
 from megatron.distributed.tensor_parallel.embedding import VocabParallelEmbedding
+from megatron.distributed.tensor_parallel.linear import ColumnParallelLinear
 from megatron.engine.expert_bias import correction_biases
 from megatron.engine.inference_forward import pipeline_forward
 from megatron.engine.prompt_offset import prepend_padding, prompt_offset, shift_positions
@@ -70,21 +71,26 @@ def build_stage(layer_specs: Sequence[LayerSpec], topology: Topology) -> Stage:
 def pack(stage: Stage) -> None:
     """Packs the weights of linear layers for products with few rows, if the CPU profits.
 
-    The plain weights are freed, except a word embedding's, which is also looked up; the stage's parameters can no
-    longer be loaded.
+    The plain weights are freed, except a word embedding's, which is also looked up, and those that other products read
+    too; the stage's parameters can no longer be loaded.
     """
     tied = {function.args[0] for function in stage.functions if isinstance(function, partial)}
     layers = {function for function in stage.functions if isinstance(function, Module)} | tied
     for layer in layers:
         for module in layer.modules():
             embedding = isinstance(module, VocabParallelEmbedding)
-            if not hasattr(module, "kernel") or (embedding and layer not in tied):
+            if not hasattr(module, "kernel") or (embedding and layer not in tied) or is_read_elsewhere(module):
                 continue
             weight = getattr(module, "weight", None)  # a module may have a kernel but no weight
             if isinstance(weight, Parameter) and packing_unavailable(weight) is None:
                 module.kernel = packed_linear(weight)
                 module.weight = weight if embedding else None
     stage.parameters.clear()
+
+
+def is_read_elsewhere(module: Module) -> bool:
+    """Returns whether more than the layer's own product reads its weight."""
+    return isinstance(module, ColumnParallelLinear) and module.keeps_weight
 
 
 @dataclass

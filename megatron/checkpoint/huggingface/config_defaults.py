@@ -285,6 +285,7 @@ ROTARY = frozenset({"rope_theta", "rotary_emb_base", "rotary_pct", "rope_local_b
 _MAY_BE_NULL = frozenset(
     {
         *("num_key_value_heads", "head_dim", "sliding_window", "router_jitter_noise", "router_aux_loss_coef"),
+        *("q_lora_rank", "n_group", "topk_group"),
         *("final_logit_softcapping", "attn_logit_softcapping", "use_bidirectional_attention"),
     }
 )

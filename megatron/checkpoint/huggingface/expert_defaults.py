@@ -30,6 +30,17 @@ _QWEN: Settings = _ALL | {
     "norm_topk_prob": False,
     "router_aux_loss_coef": 0.001,
 }
+_LATENT: Settings = _ALL | {
+    "head_dim": None,  # qk_rope_head_dim, whatever it says
+    "qk_head_dim": None,  # qk_nope_head_dim + qk_rope_head_dim, whatever it says
+    "rms_norm_eps": 1e-6,
+    "attention_bias": False,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+}
 EXPERT_DEFAULTS: Mapping[str, Settings] = {
     "qwen2_moe": _QWEN
     | {
@@ -92,11 +103,54 @@ EXPERT_DEFAULTS: Mapping[str, Settings] = {
         "norm_topk_prob": True,
         "use_qk_norm": False,
     },
+    "deepseek_v2": _LATENT
+    | {
+        "vocab_size": 102400,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": None,  # as many as heads
+        "max_position_embeddings": 2048,
+        "mlp_bias": False,
+        "moe_intermediate_size": 1407,
+        "num_experts_per_tok": None,
+        "n_shared_experts": 2,
+        "n_routed_experts": 64,
+        "routed_scaling_factor": 1.0,
+        "n_group": None,
+        "topk_group": None,
+        "topk_method": "greedy",
+        "first_k_dense_replace": 0,
+        "norm_topk_prob": False,
+    },
+    "deepseek_v3": _LATENT
+    | {
+        "vocab_size": 129280,
+        "hidden_size": 7168,
+        "intermediate_size": 18432,
+        "num_hidden_layers": 61,
+        "num_attention_heads": 128,
+        "num_key_value_heads": 128,
+        "max_position_embeddings": 4096,
+        "rope_interleave": True,
+        "moe_intermediate_size": 2048,
+        "num_experts_per_tok": 8,
+        "n_shared_experts": 1,
+        "n_routed_experts": 256,
+        "routed_scaling_factor": 2.5,
+        "n_group": 8,
+        "topk_group": 4,
+        "first_k_dense_replace": 3,
+        "norm_topk_prob": True,
+    },
 }
 """model_type -> key -> the value of its class."""
 EXPERT_ALIASES: Mapping[str, Mapping[str, str]] = {
     "qwen3_moe": {"num_experts": "num_local_experts"},
     "olmoe": {"num_local_experts": "num_experts"},
+    "deepseek_v2": {"num_experts": "n_routed_experts"},
+    "deepseek_v3": {"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"},
     "glm4_moe": {"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"},
 }
 """model_type -> another name of a key -> the key."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron.checkpoint.huggingface.cohere2 import COHERE2
+from megatron.checkpoint.huggingface.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from megatron.checkpoint.huggingface.family import ModelFamily, lacking_parts
 from megatron.checkpoint.huggingface.gemma import GEMMA2, GEMMA3
 from megatron.checkpoint.huggingface.glm4_moe import GLM4_MOE
@@ -32,7 +33,7 @@ from megatron.registry import BIDIRECTIONAL, CAUSAL, WITHOUT_ATTENTION
 
 EARLIER = (GPT_NEOX, LLAMA, MISTRAL, MIXTRAL, QWEN3, GPT2, OPT, MPT, MAMBA, MEGATRON_BERT)
 LATER = (QWEN2, GEMMA2, GEMMA3, OLMO2, OLMO3, SMOLLM3, PHI3, COHERE2, GRANITE, STARCODER2, NEMOTRON)
-WITH_EXPERTS = (QWEN2_MOE, QWEN3_MOE, OLMOE, GLM4_MOE)
+WITH_EXPERTS = (QWEN2_MOE, QWEN3_MOE, OLMOE, GLM4_MOE, DEEPSEEK_V2, DEEPSEEK_V3)
 FAMILIES = {family.name: family for family in (*EARLIER, *LATER, *WITH_EXPERTS)}
 """In the order in which they are tried: a model that several can express keeps the family that it had."""
 

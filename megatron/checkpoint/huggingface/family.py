@@ -31,6 +31,7 @@ PARTS: Mapping[str, object] = {
     "residual_multiplier": 1.0,
     "logit_scale": 1.0,
     "layer_types": None,
+    "multi_latent_attention": False,
 }
 """Keys of parts that few families have -> the value of all others."""
 QKV_BIAS = "add_qkv_bias"
@@ -95,6 +96,8 @@ class ModelFamily:
     """Config.json -> our keys; raises ConfigError where ours cannot say it."""
     table: Callable[[ModelDims], list[TensorMapping]]
     """All tensors."""
+    table_of: Callable[[Mapping[str, Any]], Callable[[ModelDims], list[TensorMapping]]] | None = None
+    """Config.json, completed -> the table, where it decides the order of rows; the table above is written."""
     spare: tuple[str, ...] = ()
     """Endings of their names that hold no weights (masks, tables of frequencies) and are left out."""
     parts: frozenset[str] = frozenset()

@@ -11,25 +11,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from megatron.checkpoint.huggingface.expert_keys import expert_misfits
-from megatron.checkpoint.huggingface.expert_tables import expert_rows, expert_width, several
+from megatron.checkpoint.huggingface.balanced_experts import balanced_config, balanced_misfits, balanced_settings
+from megatron.checkpoint.huggingface.expert_tables import expert_rows
 from megatron.checkpoint.huggingface.family import QKV_BIAS, ExpertsMapping, ModelFamily, Settings
 from megatron.checkpoint.huggingface.llama import NAMES, decoder_config, decoder_misfits, decoder_settings
 from megatron.checkpoint.huggingface.qwen import HEAD_NORMS
 from megatron.checkpoint.huggingface.rope_config import rotary_settings
 from megatron.config.schema.model import ModelSection
-from megatron.config.schema.moe import MoeSection
-from megatron.errors import ConfigError, ConfigIssue
-
-GROUP_EXPERTS = 2
-"""Experts whose scores make the score of a group."""
-_SHARED = "moe_shared_expert_intermediate_size"
-_SAID = frozenset(
-    {
-        *("moe_first_k_dense_replace", "moe_ffn_hidden_size", _SHARED),
-        *("moe_router_num_groups", "moe_router_topk_scaling_factor"),
-    }
-)
+from megatron.errors import ConfigIssue
 
 
 def _misfits(model: ModelSection) -> list[ConfigIssue]:
@@ -46,60 +35,10 @@ def _config(model: ModelSection, padded_vocab_size: int) -> Settings:
 
 
 def _settings(theirs: Mapping[str, Any]) -> Settings:
-    width, shared = theirs["moe_intermediate_size"], theirs["n_shared_experts"]
-    if shared < 1:
-        what = "only models with shared experts can be taken over"
-        raise ConfigError.of(what, key="n_shared_experts", value=shared, location="config.json")
     rotary = rotary_settings(theirs, base="rope_theta")
     found = decoder_settings({**theirs, "attention_bias": False, "mlp_bias": False}, rotary)
-    groups = {"moe_router_num_groups": theirs["n_group"], "moe_router_group_topk": theirs["topk_group"]}
-    return (
-        found
-        | {
-            "use_qk_layernorm": bool(theirs["use_qk_norm"]),
-            QKV_BIAS: bool(theirs["attention_bias"]),
-            "moe_num_experts": several(theirs, "n_routed_experts"),
-            "moe_top_k": theirs["num_experts_per_tok"],
-            "moe_router_type": "topk",
-            "moe_router_score_function": "sigmoid",
-            "moe_router_enable_expert_bias": True,
-            "moe_normalize_top_k": bool(theirs["norm_topk_prob"]),
-            "moe_router_topk_scaling_factor": float(theirs["routed_scaling_factor"]),
-            "moe_ffn_hidden_size": width,
-            _SHARED: width * shared,
-            "moe_first_k_dense_replace": theirs["first_k_dense_replace"],
-        }
-        | (groups if theirs["n_group"] > 1 else {})
-    )
-
-
-def _expert_misfits(model: ModelSection, moe: MoeSection) -> list[ConfigIssue]:
-    others = {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}
-    errors = expert_misfits(moe, "GLM-4-MoE", _SAID, **others)
-    if (moe.moe_router_num_groups or 1) > 1 and moe.moe_router_group_experts != GROUP_EXPERTS:
-        what = f"the score of a group is that of {GROUP_EXPERTS} experts in a GLM-4-MoE model"
-        errors.append(ConfigIssue(what, key="moe_router_group_experts", value=moe.moe_router_group_experts))
-    shared, width = moe.moe_shared_expert_intermediate_size, expert_width(model, moe)
-    if not shared or shared % width:
-        what = f"a GLM-4-MoE model has shared experts of {width} features each"
-        errors.append(ConfigIssue(what, key=_SHARED, value=shared))
-    return errors
-
-
-def _experts_config(model: ModelSection, moe: MoeSection) -> Settings:
-    width = expert_width(model, moe)
-    return {
-        "n_routed_experts": moe.moe_num_experts,
-        "num_experts_per_tok": moe.moe_top_k,
-        "norm_topk_prob": moe.moe_normalize_top_k,
-        "routed_scaling_factor": moe.moe_router_topk_scaling_factor,
-        "n_group": moe.moe_router_num_groups or 1,
-        "topk_group": moe.moe_router_group_topk or 1,
-        "moe_intermediate_size": width,
-        "n_shared_experts": (moe.moe_shared_expert_intermediate_size or 0) // width,
-        "first_k_dense_replace": moe.moe_first_k_dense_replace,
-        "num_nextn_predict_layers": 0,
-    }
+    own = {"use_qk_layernorm": bool(theirs["use_qk_norm"]), QKV_BIAS: bool(theirs["attention_bias"])}
+    return found | own | balanced_settings(theirs)
 
 
 GLM4_MOE = ModelFamily(
@@ -114,5 +53,5 @@ GLM4_MOE = ModelFamily(
     spare_blocks=True,
     parts=frozenset({QKV_BIAS}),
     prefix="model.",
-    experts=ExpertsMapping(_expert_misfits, _experts_config),
+    experts=ExpertsMapping(lambda model, moe: balanced_misfits(model, moe, "GLM-4-MoE"), balanced_config),
 )

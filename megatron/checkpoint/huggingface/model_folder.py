@@ -111,7 +111,8 @@ class FolderWeights:
     def of(folder: Folder, dims: ModelDims) -> FolderWeights:
         """Pairs the table of the family with the tensors that are there."""
         named = _named(folder)
-        rows = folder.family.table(dims)
+        family = folder.family
+        rows = (family.table if family.table_of is None else family.table_of(folder.config))(dims)
         _name_tied_embedding(folder, rows, named)
         table: Table = {}
         lacked: list[str] = []

@@ -62,6 +62,9 @@ class Names:
     """Our and their names of what a norm holds."""
     matrices_turned: bool = False
     """They keep matrices as [in, out]."""
+    projections: Callable[[ModelDims, str, str], list[TensorMapping]] | None = None
+    """(dimensions, begin of our names, of theirs) -> the rows of queries, keys and values, where these are no joint or
+    three projections."""
     head_norms: tuple[str, str] | None = None
     """Those of queries and of keys."""
     experts: Callable[[ModelDims, str, str], list[TensorMapping]] | None = None
@@ -81,9 +84,9 @@ class Names:
         return rows
 
     def _block(self, dims: ModelDims, number: int, ours: str, theirs: str) -> list[TensorMapping]:
-        rows = self._norms(dims, ours, theirs)
+        rows = self._norms(dims, ours, theirs) + (self.projections(dims, ours, theirs) if self.projections else [])
         for kind in ("weight", "bias"):
-            if kind == "weight" or dims.has_qkv_bias:
+            if self.projections is None and (kind == "weight" or dims.has_qkv_bias):
                 names = tuple(f"{theirs}{name}.{kind}" for name in self.attention)
                 rows.append(self._projection(dims, f"{ours}attention.query_key_value.{kind}", names))
             if kind == "weight" or dims.attention_bias:

@@ -27,7 +27,12 @@ from megatron.kernels.linear import BoundLinear, LinearKernel, plain_linear
 
 
 class ColumnParallelLinear(nn.Module):
-    """y = x Wᵀ + bias with the rows of W, and so the outputs, sharded over the ranks."""
+    """y = x Wᵀ + bias with the rows of W, and so the outputs, sharded over the ranks.
+
+    keeps_weight: true if more than this product reads the weight, so that inference keeps it as it is.
+    """
+
+    keeps_weight = False
 
     def __init__(
         self,

@@ -92,6 +92,7 @@ class LatentSelfAttention(SelfAttention):
         self.kv_down_proj = DownProjection(dims.hidden_size, latent.cached, source.of("kv_down_proj"), spec)
         self.kv_layernorm = spec.norm_of_shard(latent.rank)
         self.kv_up_proj = up("kv_up_proj", latent.rank, latent.plain + latent.value)
+        self.kv_up_proj.keeps_weight = True
         self.dense = RowParallelLinear(
             dims.num_attention_heads * latent.value,
             dims.hidden_size,

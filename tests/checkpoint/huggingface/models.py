@@ -10,6 +10,10 @@ import torch
 from transformers import (
     Cohere2Config,
     Cohere2ForCausalLM,
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
@@ -159,6 +163,27 @@ _GLM = {
     "moe_intermediate_size": 24,
     "rope_parameters": {"partial_rotary_factor": 0.5, **_PLAIN},
 }
+_LATENT = {
+    **_without("num_key_value_heads"),
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 20,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "rms_norm_eps": 1e-6,
+    "first_k_dense_replace": 1,
+}
+_MSCALES = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "mscale": 0.707,
+    "mscale_all_dim": 1.0,
+}
 MIXTURES: dict[str, Callable[[], PreTrainedModel]] = {
     "qwen2_moe": lambda: Qwen2MoeForCausalLM(
         Qwen2MoeConfig(
@@ -192,6 +217,27 @@ MIXTURES: dict[str, Callable[[], PreTrainedModel]] = {
             attention_bias=True,
             use_qk_norm=True,
         )
+    ),
+    "deepseek_v2": lambda: DeepseekV2ForCausalLM(
+        DeepseekV2Config(
+            **_LATENT,
+            q_lora_rank=28,
+            topk_method="group_limited_greedy",
+            n_group=4,
+            topk_group=2,
+            rope_parameters={key: value for key, value in _MSCALES.items() if "mscale" not in key},
+        )
+    ),
+    "deepseek_v2, lite": lambda: DeepseekV2ForCausalLM(
+        DeepseekV2Config(**_LATENT, q_lora_rank=None, routed_scaling_factor=2.0, attention_bias=True)
+    ),
+    "deepseek_v3": lambda: DeepseekV3ForCausalLM(
+        DeepseekV3Config(
+            **_LATENT, q_lora_rank=28, n_group=4, topk_group=2, attention_bias=True, rope_parameters=_MSCALES
+        )
+    ),
+    "deepseek_v3, wide values": lambda: DeepseekV3ForCausalLM(
+        DeepseekV3Config(**{**_LATENT, "v_head_dim": 24}, q_lora_rank=None, n_group=1, topk_group=1)
     ),
     "glm4_moe, one group, all blocks": lambda: Glm4MoeForCausalLM(Glm4MoeConfig(**_GLM, first_k_dense_replace=0)),
 }

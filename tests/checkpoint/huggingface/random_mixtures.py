@@ -61,10 +61,40 @@ def glm4_moe(chance: random.Random, llama: Settings) -> Settings:
     return found | {"use_qk_norm": chance.random() < 0.5}
 
 
+def deepseek(chance: random.Random, llama: Settings) -> Settings:
+    found = experts(chance, llama, "n_routed_experts")
+    for name in ("num_experts", "num_local_experts", "head_dim"):  # the last is always the rotated features
+        found.pop(name, None)
+    found |= {"n_routed_experts": 8, "num_experts_per_tok": 2, "num_key_value_heads": found["num_attention_heads"]}
+    found |= {"q_lora_rank": chance.choice([None, 12]), "kv_lora_rank": chance.choice([8, 20])}
+    found |= {"qk_nope_head_dim": chance.choice([4, 12]), "qk_rope_head_dim": chance.choice([4, 8])}
+    found |= {"v_head_dim": chance.choice([8, 24]), "rms_norm_eps": rarely(chance, 1e-5, 1e-6)}
+    groups = chance.choice([1, 2])
+    found |= {"n_group": groups, "topk_group": chance.choice([1, groups]), "n_shared_experts": chance.choice([1, 2])}
+    found |= {"routed_scaling_factor": chance.choice([1.0, 2.5]), "first_k_dense_replace": chance.choice([0, 1])}
+    for name in ("rope_parameters", "rope_scaling"):
+        block = found.get(name)
+        if block and "yarn" in block.values() and chance.random() < 0.7:
+            found[name] = {**block, "mscale": chance.choice([0.707, 1.0]), "mscale_all_dim": chance.choice([0.5, 1.0])}
+    return found
+
+
+def deepseek_v2(chance: random.Random, llama: Settings) -> Settings:
+    found = deepseek(chance, llama)
+    found["topk_method"] = chance.choice(["greedy", "group_limited_greedy"])
+    return found | {"norm_topk_prob": rarely(chance, True, False)}
+
+
+def deepseek_v3(chance: random.Random, llama: Settings) -> Settings:
+    return deepseek(chance, llama) | {"rope_interleave": chance.random() < 0.7}
+
+
 MIXTURES: dict[str, Callable[[random.Random, Settings], Settings]] = {
     "qwen2_moe": qwen2_moe,
     "qwen3_moe": qwen3_moe,
     "olmoe": olmoe,
     "glm4_moe": glm4_moe,
+    "deepseek_v2": deepseek_v2,
+    "deepseek_v3": deepseek_v3,
 }
 """model_type -> draws a config.json, given that of a LLaMA."""

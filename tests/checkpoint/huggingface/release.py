@@ -51,6 +51,8 @@ def _write(folder: Path) -> Answers:
             reported = drawn(random.Random(f"{family} {seed}")) | {"model_type": family}
             if transformers.__version__ == OLDER and "rope_parameters" in reported:
                 continue  # a spelling that it does not know
+            if transformers.__version__ == OLDER and family == "deepseek_v2" and "mscale_all_dim" in str(reported):
+                continue  # its scores of V2 do without the factor, which those of V3 and of later releases have
             (position / "config.json").write_text(json.dumps(reported))
             torch.manual_seed(5)
             try:

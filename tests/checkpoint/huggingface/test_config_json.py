@@ -54,12 +54,22 @@ SIZES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {**EXPERTS, "num_experts": 8, "num_experts_per_tok": 4},
     "olmoe": {**EXPERTS, "num_experts": 8, "num_experts_per_tok": 4},
     "glm4_moe": {**EXPERTS, "n_routed_experts": 16, "num_hidden_layers": 2},
+    "deepseek_v2": {**EXPERTS, "n_routed_experts": 8, "num_experts_per_tok": 3},
+    "deepseek_v3": {
+        **EXPERTS,
+        "n_routed_experts": 16,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,  # which the class does not fill in
+    },
     "gpt2": {"n_embd": 32, "n_head": 4, "n_layer": 1},
     "opt": {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "ffn_dim": 40},
     "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 1},
     "mamba": {"hidden_size": 32, "num_hidden_layers": 1},
 }
 """Sizes that keep a model small; everything else is left out."""
+ROUNDING = {"deepseek_v3": 1e-4}
+"""Scores of latents of 1,536 random features reach 50, and both sides are 2e-5 to 5e-5 from float64."""
 
 
 @pytest.mark.parametrize("family", SIZES)
@@ -68,7 +78,7 @@ def test_what_is_left_out_has_the_value_of_the_class(family: str, tmp_path: Path
     reported = {"model_type": family, "vocab_size": VOCABULARY, "pad_token_id": None, **SIZES[family]}
     expected = write(tmp_path, reported)
     assert expected is not None
-    torch.testing.assert_close(ours(tmp_path), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours(tmp_path), expected, rtol=1e-5, atol=ROUNDING.get(family, 1e-5))
 
 
 @pytest.mark.parametrize("family", DEFAULTS)
@@ -95,7 +105,8 @@ CHANGES_NOTHING = frozenset(
     {
         *("initializer_range", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "attention_dropout"),
         *("transformers_version", "architectures", "output_hidden_states", "output_attentions", "return_dict", "dtype"),
-        *("output_router_logits", "num_nextn_predict_layers", "max_window_layers"),  # the last without windows
+        *("output_router_logits", "num_nextn_predict_layers", "num_mtp_layers"),
+        *("pretraining_tp", "max_window_layers"),  # the last without windows
         *("chunk_size_feed_forward", "is_encoder_decoder", "id2label", "label2id", "problem_type"),
     }
 )
@@ -117,7 +128,7 @@ def test_other_names_of_keys_are_read(family: str, tmp_path: Path) -> None:
     reported = {"model_type": family, "vocab_size": VOCABULARY, "pad_token_id": None}
     expected = write(tmp_path, reported | {names.get(key, key): value for key, value in sizes.items()})
     assert expected is not None
-    torch.testing.assert_close(ours(tmp_path), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours(tmp_path), expected, rtol=1e-5, atol=ROUNDING.get(family, 1e-5))
 
 
 def change(folder: Path, **changes: object) -> Folder:

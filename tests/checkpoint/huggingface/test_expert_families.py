@@ -70,6 +70,11 @@ def dims_of(settings: dict[str, Any]) -> ModelDims:
         ("qwen3_moe", "use_sliding_window", True, "use_sliding_window = True: only False can be taken over"),
         ("qwen3_moe", "mlp_only_layers", [0, 1, 2, 3], "no block has experts, so this is a dense model"),
         ("qwen2_moe", "num_experts", 1, "one expert is a plain MLP, and none is a dense model"),
+        ("deepseek_v3", "rms_norm_eps", 1e-5, "the norms of latents have 1e-06"),
+        ("deepseek_v3", "scoring_func", "softmax", "scoring_func = 'softmax': only 'sigmoid' can be taken over"),
+        ("deepseek_v2", "topk_method", "noaux_tc", "it is greedy or group_limited_greedy"),
+        ("deepseek_v2", "norm_topk_prob", True, "norm_topk_prob = True: only False can be taken over"),
+        ("deepseek_v2", "num_key_value_heads", 2, "num_key_value_heads = 2: only 4 can be taken over"),
         ("glm4_moe", "n_shared_experts", 0, "only models with shared experts can be taken over"),
     ],
 )
