@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megatron.checkpoint.format import files
@@ -80,7 +81,7 @@ class Folder:
             raise ConfigError.of("this is no object", location=location)
         family = family_of(config, location)
         ConfigError.raise_any(_changes_weights(path, config))
-        return Folder(path, completed(config, family.model_type, location), family, _sources(path))
+        return Folder(path, completed(config, family.model_type, location), family, _sources(path, family.spare))
 
     def settings(self) -> Settings:
         """The model as our keys."""
@@ -247,17 +248,41 @@ def _spare_head(folder: Folder, named: dict[str, Source], table: Table) -> None:
         del named[head]
 
 
-def _sources(path: Path) -> dict[str, Source]:
-    """Every tensor of the folder and how to read it."""
+def _sources(path: Path, spare: str | tuple[str, ...]) -> dict[str, Source]:
+    """Every tensor of the folder and how to read it.
+
+    RunError where two files hold a tensor of one name with other values: programs differ in which one they take, and
+    some do not look at the index. spare: ends of the names of tensors that hold no weights.
+    """
     if (path / INDEX).is_file() or (path / SINGLE).is_file():
-        names = _files(path, SINGLE, INDEX)
-        readers = {name: safetensors_format.Reader(path / name) for name in names}
-        return {tensor: _of(reader, tensor) for reader in readers.values() for tensor in reader.names()}
-    held: dict[str, Source] = {}
-    for name in _files(path, OLD_SINGLE, OLD_INDEX):
-        for tensor, value in _old_tensors(path / name).items():
-            held[tensor] = lambda value=value: value  # type: ignore[misc]
-    return held
+        readers = {name: safetensors_format.Reader(path / name) for name in _files(path, SINGLE, INDEX)}
+        named = {name: {each: _of(reader, each) for each in reader.names()} for name, reader in readers.items()}
+    else:
+        found = {name: _old_tensors(path / name) for name in _files(path, OLD_SINGLE, OLD_INDEX)}
+        named = {name: {each: _held(value) for each, value in tensors.items()} for name, tensors in found.items()}
+    sources: dict[str, Source] = {}
+    owner: dict[str, str] = {}
+    for file, tensors_of in named.items():
+        for tensor, source in tensors_of.items():
+            if tensor in sources and not tensor.endswith(spare) and not _same(sources[tensor](), source()):
+                raise RunError.of(
+                    f"tensor {tensor} is in {owner[tensor]} and in {file}, with other values",
+                    location=str(path),
+                    hint="one is left from another version of the model: take the tensor out of the file that is wrong",
+                )
+            sources[tensor], owner[tensor] = source, file
+    return sources
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same, bit by bit: NaN is NaN."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    return torch.equal(*(each.contiguous().reshape(-1).view(torch.uint8) for each in (one, other)))
+
+
+def _held(value: Tensor) -> Source:
+    return lambda: value
 
 
 def _of(reader: safetensors_format.Reader, tensor: str) -> Source:

@@ -98,6 +98,43 @@ def test_a_file_of_weights_that_is_missing_or_cut_is_named(
     assert not (tmp_path / "ours").exists()
 
 
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+@pytest.mark.parametrize("copies", ["other values", "another dtype", "equal", "equal, with NaN", "no weights"])
+def test_a_tensor_in_two_files_must_be_the_same_in_both(form: str, copies: str, tmp_path: Path) -> None:
+    """The index says which file has it; transformers reads the last one all the same."""
+    shard, index = _sharded(tmp_path)
+    first = shard.with_name("model-00001-of-00002.safetensors")
+    parts = {file: load_file(file) for file in (first, shard)}
+    name = "model.layers.0.mlp.down_proj.weight"
+    owner = next(file for file, tensors in parts.items() if name in tensors)
+    other = next(file for file in parts if file != owner)
+    if copies == "equal, with NaN":
+        parts[owner][name][0, 0] = float("nan")
+    stale = parts[owner][name].clone()
+    if copies == "no weights":
+        name, stale = "model.layers.0.self_attn.rotary_emb.inv_freq", torch.ones(4)
+        parts[owner][name] = torch.zeros(4)
+    parts[other][name] = {"other values": stale + 1, "another dtype": stale.double()}.get(copies, stale)
+    names = {file: file.name for file in parts}
+    for file, tensors in parts.items():
+        if form == "bin":
+            names[file] = file.name.replace("model-", "pytorch_model-").replace(".safetensors", ".bin")
+            torch.save(tensors, file.with_name(names[file]))
+            file.unlink()
+        else:
+            save_file(tensors, file, {"format": "pt"})
+    if form == "bin":
+        listed = json.loads(index.read_text())["weight_map"]
+        listed = {each: names[tmp_path / file] for each, file in listed.items()}
+        index.unlink()
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": listed}))
+    if copies in ("other values", "another dtype"):
+        with pytest.raises(RunError, match=rf"tensor {name} is in {names[first]} and in {names[shard]}, with other"):
+            Folder.open(tmp_path)
+    else:
+        adopt(Folder.open(tmp_path), tmp_path / "ours")
+
+
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "base_model.model."])
 def test_names_of_a_wrapper_are_reported(prefix: str, tmp_path: Path) -> None:
     """What torch.compile, DDP, DeepSpeed and peft put before every name."""
