@@ -4,7 +4,7 @@ Training data and the text service hand messages over as they are, as `transform
 two shapes that templates differ in. A content given as parts goes as it is to a template that writes the texts of
 parts, and to any other as one text, the parts joined by line ends, as in vLLM. The arguments of tool calls, which are
 JSON in a string, are handed over as what they say, since templates write mappings; a template that can only join texts
-gets the string.
+gets the string. A call without arguments, or with null, has empty ones, as in vLLM.
 
 Source: https://huggingface.co/docs/transformers/chat_extras (tool calls).
 """
@@ -78,8 +78,9 @@ class Shapes:
         content = made.get("content")
         if isinstance(content, list) and not self.takes_parts(str(made.get("role"))):
             made["content"] = "\n".join(part["text"] for part in content)
-        if made.get("tool_calls") and not self.keeps_arguments:
-            made["tool_calls"] = [_read_call(number, call) for call in made["tool_calls"]]
+        if made.get("tool_calls"):
+            read = _keep_call if self.keeps_arguments else _read_call
+            made["tool_calls"] = [read(number, call) for call in made["tool_calls"]]
         return made
 
     def takes_parts(self, role: str) -> bool:
@@ -150,14 +151,39 @@ def _call(arguments: object) -> dict[str, Any]:
 
 def _read_call(number: int, call: Any) -> Any:
     """A tool call whose arguments are what the JSON in them says."""
-    if not isinstance(call, Mapping):
+    function = _function_of(call)
+    if function is None:
         return call
-    if isinstance(call.get("function"), Mapping):
-        return {**call, "function": _read_call(number, call["function"])}
-    arguments = call.get("arguments")
-    if not isinstance(arguments, str):
-        return dict(call)
-    try:
-        return {**call, "arguments": json.loads(arguments or "{}")}
-    except (ValueError, RecursionError) as error:
-        raise InvalidToolCall(number, f"the arguments of {call.get('name')} are no JSON ({error})") from error
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments.strip() or "{}")
+        except (ValueError, RecursionError) as error:
+            raise InvalidToolCall(number, f"the arguments of {function.get('name')} are no JSON ({error})") from error
+    return _with_arguments(call, {} if arguments is None else arguments)
+
+
+def _keep_call(number: int, call: Any) -> Any:
+    """A tool call for a template that joins the text of arguments."""
+    function = _function_of(call)
+    if function is None:
+        return call
+    arguments = function.get("arguments")
+    nothing = arguments is None or (isinstance(arguments, str) and arguments.strip() == "null")
+    return _with_arguments(call, "{}") if nothing else call
+
+
+def _function_of(call: Any) -> Mapping[str, Any] | None:
+    """What has the arguments of a call: its `function`, or the call itself; None for what is no call of a function."""
+    if not isinstance(call, Mapping):
+        return None
+    inner = call.get("function")
+    found = inner if isinstance(inner, Mapping) else call
+    return found if "name" in found or "arguments" in found else None
+
+
+def _with_arguments(call: Mapping[str, Any], arguments: Any) -> dict[str, Any]:
+    inner = call.get("function")
+    if isinstance(inner, Mapping):
+        return {**call, "function": {**inner, "arguments": arguments}}
+    return {**call, "arguments": arguments}

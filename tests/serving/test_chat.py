@@ -231,6 +231,16 @@ def test_arguments_of_calls_are_what_their_json_says(strict):
     assert ask(strict.url, body)[1]["usage"]["prompt_tokens"] == len("bxyz")
 
 
+@pytest.mark.parametrize("given", [{}, {"arguments": None}, {"arguments": "null"}, {"arguments": "{}"}], ids=str)
+def test_a_call_without_arguments_is_taken(given):
+    source = "{% for m in messages %}{% for c in m.tool_calls or [] %}{% for k, v in c.function.arguments | items %}"
+    source += "{{ k }}{% endfor %}<{{ c.function.arguments | tojson }}>{% endfor %}{% endfor %}"
+    with running(conversations=Conversations(ChatTemplate(source))) as served:
+        calls = [{"id": "1", "type": "function", "function": {"name": "f", **given}}]
+        status, answer = ask(served.url, {"messages": [{"role": "assistant", "tool_calls": calls}], "max_tokens": 1})
+        assert status == 200 and answer["usage"]["prompt_tokens"] == len("<{}>"), answer
+
+
 def test_arguments_of_calls_stay_a_text_for_a_template_that_joins_texts():
     source = "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}{{ '<' + ARGUMENTS + '>' }}"
     source = source.replace("ARGUMENTS", "c.function.arguments") + "{% endfor %}{% endfor %}"

@@ -43,8 +43,12 @@ FIRST_PART = (
 )
 
 
+LEFT_OUT = "left out"
+
+
 def call(arguments, **beside):
-    return {"id": "123456789", "type": "function", "function": {"name": "weather", "arguments": arguments}, **beside}
+    function = {"name": "weather"} if arguments == LEFT_OUT else {"name": "weather", "arguments": arguments}
+    return {"id": "123456789", "type": "function", "function": function, **beside}
 
 
 def with_calls(arguments, **turn):
@@ -75,7 +79,11 @@ SHAPES = {
     "arguments as text": (JSON_CALLS, with_calls(AS_TEXT), {}, with_calls(MAPPING)),
     "arguments as text or not": (EITHER_CALLS, with_calls(AS_TEXT), {}, with_calls(MAPPING)),
     "arguments joined": (TEXT_CALLS, TEXTS, {}, None),
-    "no arguments": (JSON_CALLS, with_calls(""), {}, with_calls({})),
+    **{
+        f"no arguments: {given!r}": (JSON_CALLS, with_calls(given), {}, with_calls({}))
+        for given in ("", " ", None, "null")
+    },
+    "no field of arguments": (JSON_CALLS, with_calls(LEFT_OUT), {}, with_calls({})),
     "reasoning": (JSON_CALLS, with_calls(MAPPING, thinking="why"), {}, None),
     "tags": (TAGGED, with_calls(MAPPING), {"tools": [TOOL]}, None),
     "parts": (PARTS, [parts("a", "b"), parts("c", role="assistant")], {}, None),
@@ -173,6 +181,20 @@ def test_arguments_stay_a_text_where_a_template_can_only_join_texts(template, re
     assert given[1]["tool_calls"][0]["function"]["arguments"] == (AS_TEXT if retained else MAPPING)
     flat = shapes.given([{"role": "assistant", "tool_calls": [{"name": "weather", "arguments": AS_TEXT}]}])
     assert flat[0]["tool_calls"][0]["arguments"] == (AS_TEXT if retained else MAPPING)
+
+
+@pytest.mark.parametrize("given", [{}, {"arguments": None}, {"arguments": " null"}], ids=str)
+@pytest.mark.parametrize(("template", "expected"), [(TEXT_CALLS, "{}"), (JSON_CALLS, {})])
+def test_a_call_without_arguments_has_empty_ones(template, expected, given):
+    calls = [{"type": "function", "function": {"name": "weather", **given}}, {"name": "weather", **given}]
+    (turn,) = Shapes(ChatTemplate(template)).given([{"role": "assistant", "tool_calls": calls}])
+    wrapped, flat = turn["tool_calls"]
+    assert wrapped["function"]["arguments"] == flat["arguments"] == expected
+    assert calls[0]["function"] == {"name": "weather", **given}
+    other = {"type": "custom", "custom": {"name": "grep", "input": "a"}}
+    assert Shapes(ChatTemplate(template)).given([{"role": "assistant", "tool_calls": [other]}])[0]["tool_calls"] == [
+        other
+    ]
 
 
 def test_arguments_that_are_no_json_are_reported_with_their_turn():
