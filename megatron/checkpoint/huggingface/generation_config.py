@@ -14,17 +14,29 @@ from megatron.checkpoint.format import files, layout
 
 GENERATION = "generation_config.json"
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_OFF: Mapping[str, Any] = {
+_DEFAULTS: Mapping[str, Any] = {
+    "max_length": None,
+    "min_length": 0,
+    "min_new_tokens": None,
+    "max_time": None,
     "num_beams": 1,
+    "num_return_sequences": 1,
     "no_repeat_ngram_size": 0,
     "encoder_repetition_penalty": 1.0,
+    "encoder_no_repeat_ngram_size": 0,
     "typical_p": 1.0,
     "epsilon_cutoff": 0.0,
     "eta_cutoff": 0.0,
     "top_h": None,
     "length_penalty": 1.0,
-    "min_length": 0,
-    "min_new_tokens": None,
+    "exponential_decay_length_penalty": None,
+    "penalty_alpha": None,
+    "renormalize_logits": False,
+    "diversity_penalty": 0.0,
+    "num_beam_groups": 1,
+    "early_stopping": False,
+    "constraints": None,
+    "force_words_ids": None,
     "bad_words_ids": None,
     "suppress_tokens": None,
     "begin_suppress_tokens": None,
@@ -32,14 +44,37 @@ _OFF: Mapping[str, Any] = {
     "forced_eos_token_id": None,
     "sequence_bias": None,
     "guidance_scale": None,
+    "token_healing": False,
+    "watermarking_config": None,
+    "dola_layers": None,
 }
-"""Settings that change what is generated and have no key here, with their neutral values."""
+"""Settings that can change what is generated and have no key here, with their neutral values."""
+_OF_BEAMS = ("length_penalty", "early_stopping", "diversity_penalty", "num_beam_groups", "num_return_sequences")
+"""Of those, what changes nothing without beams."""
+_APPLIED = (
+    *("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens", "stop_strings"),
+    *IDS,
+)
+_HARMLESS = (
+    *("use_cache", "cache_implementation", "cache_config", "max_cache_len", "return_legacy_cache", "low_memory"),
+    *("prefill_chunk_size", "compile_config", "disable_compile", "continuous_batching_config"),
+    *("output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"),
+    # drafts, which the model checks: the texts are as likely as without
+    *("use_mtp", "is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule", "speculation_type"),
+    *("assistant_confidence_threshold", "prompt_lookup_num_tokens", "max_matching_ngram_size"),
+    *("assistant_early_exit", "assistant_lookbehind", "target_lookbehind"),
+    # scores that are not numbers are an error here; only encoders and decoders have a token to start with
+    *("remove_invalid_values", "decoder_start_token_id"),
+    *("transformers_version", "_from_model_config", "_commit_hash", "trust_remote_code"),
+)
+"""Settings that change no text, whatever they are."""
 
 
 def generation_of(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What the folder says of generation. config: its config.json."""
+    """What the folder says of generation. config: its config.json, of which only such settings are taken."""
     path = folder / GENERATION
-    said = dict(files.read_json(path)) if path.is_file() else dict(config)
+    known = (*_DEFAULTS, *_APPLIED)
+    said = dict(files.read_json(path)) if path.is_file() else {name: config[name] for name in known if name in config}
     ids = {name: config[name] for name in IDS if config.get(name) is not None}
     return {**said, **{name: number for name, number in ids.items() if said.get(name) is None}}
 
@@ -78,8 +113,23 @@ def sampling(said: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unheeded(said: Mapping[str, Any]) -> list[str]:
-    """Generation settings that have no key here."""
-    return sorted(f"{name} = {said[name]!r}" for name, off in _OFF.items() if said.get(name) not in (None, off, []))
+    """Generation settings that have no key here: all that are set, but for those that change no text.
+
+    `max_length` counts the prompt too, unlike any key here, and only where there is no `max_new_tokens`.
+    """
+    quiet = {*_APPLIED, *_HARMLESS}
+    quiet |= set() if (said.get("num_beams") or 1) > 1 else set(_OF_BEAMS)
+    quiet |= {"max_length"} if said.get("max_new_tokens") is not None else set()
+    return sorted(
+        f"{name} = {value!r}"
+        for name, value in said.items()
+        if name not in quiet and _is_set(value) and value != _DEFAULTS.get(name)
+    )
+
+
+def _is_set(value: Any) -> bool:
+    """Whether a value says anything; the number 0 does, as the id of a token."""
+    return not (value is None or value is False or value in ([], {}, ""))
 
 
 def ids_for_config(
