@@ -16,6 +16,7 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from megatron.errors import ConfigError
 from megatron.tokenizers.fast import FromTokenizers, read_file
+from megatron.tokenizers.tokenizer_config import Beside, read_beside
 
 END = "[SEP]"
 UNKNOWN = "[UNK]"
@@ -64,14 +65,23 @@ class BertWordPieceLowerCase(WordPieces):
     """Lower-cased word pieces, without accents. Raises ConfigError when vocab.txt is missing or lacks a token."""
 
     def __init__(self, vocab_file: str | None = None, merge_file: str | None = None) -> None:
-        super().__init__(_word_pieces("BertWordPieceLowerCase", vocab_file, lower=True), END, vocab_file)
+        super().__init__(
+            _word_pieces("BertWordPieceLowerCase", vocab_file, lower=True), END, vocab_file, _beside(vocab_file)
+        )
 
 
 class BertWordPieceCase(WordPieces):
     """Word pieces in the text's own case. Raises as the other."""
 
     def __init__(self, vocab_file: str | None = None, merge_file: str | None = None) -> None:
-        super().__init__(_word_pieces("BertWordPieceCase", vocab_file, lower=False), END, vocab_file)
+        super().__init__(
+            _word_pieces("BertWordPieceCase", vocab_file, lower=False), END, vocab_file, _beside(vocab_file)
+        )
+
+
+def _beside(vocab_file: str | None) -> Beside:
+    """What a tokenizer_config.json says of the reading; the special tokens are those of the kind."""
+    return Beside(splits_special=read_beside(vocab_file).splits_special)
 
 
 def _word_pieces(kind: str, vocab_file: str | None, *, lower: bool) -> FastTokenizer:

@@ -37,7 +37,8 @@ _WORDS = ("tool_calls", *REASONING)
 class ChatTokens:
     """The template and the tokenizer of a folder, or of a public model. Raises ConfigError when one cannot be had.
 
-    parse_special: turns may spell special tokens, which become their ids. eod: the model's end-of-text token.
+    parse_special: turns may spell special tokens, which become their ids. Where the folder says `split_special_tokens`
+    they may anyway, and are text, those of the template too. eod: the model's end-of-text token.
     vocab_size: [tokens].
     """
 
@@ -78,7 +79,7 @@ class ChatTokens:
         named = sorted(NO_VARIABLES.difference(("tools",)).intersection(variables))
         if named:
             raise ValueError(f"{named[0]!r} is no variable of the template that could be set")
-        if not self._parse_special:
+        if not self._parse_special and not self.tokenizer.splits_special:
             self._check_spelling(given, variables)
         text, spans = _Rendering(self.template, given, variables, self._special).marked(role, only_last)
         ids, offsets = self.tokenizer.encode_with_offsets(text)

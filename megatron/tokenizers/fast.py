@@ -162,6 +162,7 @@ class FromTokenizers:
             reader.add_special_tokens([AddedToken(self._own.content, special=True, **flags)])
         known = {token.content for token in reader.get_added_tokens_decoder().values()}
         reader.add_special_tokens([AddedToken(text) for text in self.special_tokens if text not in known])
+        reader.encode_special_tokens = self._beside.splits_special
         return reader
 
     def encode(self, text: str) -> list[int]:
@@ -169,7 +170,10 @@ class FromTokenizers:
         return self._without_special(self._plain.encode(text, add_special_tokens=False).ids)
 
     def encode_with_special_tokens(self, text: str) -> list[int]:
-        """The token ids of one text, where special tokens that it spells are their ids."""
+        """The token ids of one text, where special tokens that it spells are their ids.
+
+        With `split_special_tokens` they are text, as in `transformers`.
+        """
         ids: list[int] = self._reader.encode(text, add_special_tokens=False).ids
         return ids
 
@@ -231,6 +235,11 @@ class FromTokenizers:
     @cached_property
     def _decoder(self) -> str:
         return json.dumps(json.loads(self._tokenizer.to_str())["decoder"])
+
+    @property
+    def splits_special(self) -> bool:
+        """Whether special tokens that a prompt spells are text, as the tokenizer_config.json says."""
+        return self._beside.splits_special
 
     @property
     def end(self) -> str:

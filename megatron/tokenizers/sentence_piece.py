@@ -80,7 +80,12 @@ class SPMTokenizer:
         return self._unforged(self._between(text, self._symbols))
 
     def encode_with_special_tokens(self, text: str) -> list[int]:
-        """The token ids of one text, where special tokens that it spells are their ids."""
+        """The token ids of one text, where special tokens that it spells are their ids.
+
+        With `split_special_tokens` they are text, as in `transformers`.
+        """
+        if self.splits_special:
+            return self.encode(text)
         return self._between(text, {**self._symbols, **self.special_tokens})
 
     def _between(self, text: str, tokens: Mapping[str, int]) -> list[int]:
@@ -146,6 +151,11 @@ class SPMTokenizer:
     def blank(self) -> str | None:
         """How LLaMA's class, which the tokenizer_config.json names, puts a blank before a text; None without it."""
         return self._beside.blank
+
+    @property
+    def splits_special(self) -> bool:
+        """Whether special tokens that a prompt spells are text, as the tokenizer_config.json says."""
+        return self._beside.splits_special
 
     def own_ids(self, text: str) -> list[int]:
         """What the library reads of a text by the .model alone, whatever is beside it."""

@@ -56,6 +56,7 @@ def is_unigram(path: Path) -> bool:
 
 def _reads_alike(made: FastTokenizer, tokenizer: SPMTokenizer) -> bool:
     """Whether both read texts alike, those with special tokens too, which are text in training."""
+    made.encode_special_tokens = tokenizer.splits_special
     for text in (*_TRIED, *_between_special(tokenizer)):
         if made.encode(text, add_special_tokens=False).ids != tokenizer.encode_with_special_tokens(text):
             return False

@@ -21,6 +21,7 @@ import tiktoken
 from megatron.errors import ConfigError, RunError
 from megatron.tokenizers.base import END_OF_DOCUMENT, split_at
 from megatron.tokenizers.byte_level import CL100K_WORDS, GPT2_WORDS, LONG_TEXT, O200K_WORDS, cut
+from megatron.tokenizers.tokenizer_config import read_beside
 
 _ENDS = (END_OF_DOCUMENT, "<|end_of_text|>")
 
@@ -83,13 +84,19 @@ class TiktokenTokenizer:
         self.special_tokens: Mapping[str, int] = dict(special)
         self.begin: int = special.get(_BEGIN, end)
         self.prefix_ids: tuple[int, ...] = (special[_BEGIN],) if _BEGIN in special else ()
+        self._splits_special = read_beside(vocab_file).splits_special if Path(vocab_file).is_file() else False
 
     def encode(self, text: str) -> list[int]:
         """The token ids of one text. Raises RunError where the engine cannot part its words."""
         return [token for piece in _pieces(text) for token in self._ordinary(piece)]
 
     def encode_with_special_tokens(self, text: str) -> list[int]:
-        """The token ids of one text, where special tokens that it spells are their ids. Raises as `encode` does."""
+        """The token ids of one text, where special tokens that it spells are their ids. Raises as `encode` does.
+
+        With `split_special_tokens` in the tokenizer_config.json beside the file they are text.
+        """
+        if self._splits_special:
+            return self.encode(text)
         return [
             token
             for piece, special in split_at(text, self.special_tokens)

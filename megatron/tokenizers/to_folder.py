@@ -144,6 +144,7 @@ def _of_tokenizers(tokenizer: FromTokenizers, folder: Path | None, content: str)
     if end == END_OF_DOCUMENT:  # GPT-2's, which begins texts too and stands for what is unknown
         names |= {"bos_token": end, "unk_token": end}
     names |= tokenizer.roles
+    names |= {"split_special_tokens": True} if tokenizer.splits_special else {}
     begin = named.get("bos_token", names.get("bos_token") if folder is None else None)
     number = None if begin is None else tokenizer.id_of(begin)
     return Portable(tokenizer.vocab_size, tokenizer.eod, number, folder, content, None, names)
@@ -152,8 +153,12 @@ def _of_tokenizers(tokenizer: FromTokenizers, folder: Path | None, content: str)
 def _of_sentence_piece(tokenizer: SPMTokenizer, path: Path) -> Portable:
     folder = path.parent if (path.parent / CONFIG).is_file() else None
     begin = tokenizer.own_begin
-    names = {"eos_token": tokenizer.piece(tokenizer.eod), "unk_token": tokenizer.piece(tokenizer.unknown)}
+    names: dict[str, Any] = {
+        "eos_token": tokenizer.piece(tokenizer.eod),
+        "unk_token": tokenizer.piece(tokenizer.unknown),
+    }
     names |= {} if begin is None else {"bos_token": tokenizer.piece(begin)}
+    names |= {"split_special_tokens": True} if tokenizer.splits_special else {}
     content = as_tokenizer_json(tokenizer, path)
     lost = lost_tokens(path.parent, tokenizer)
     return Portable(tokenizer.vocab_size, tokenizer.eod, begin, folder, content, path, names, lost=lost)

@@ -61,6 +61,8 @@ class Beside:
     """The tokens that begin and end a text."""
     adds_begin: bool = False
     """Whether a tokenizer without a post-processor of its own puts it before a text."""
+    splits_special: bool = False
+    """Whether special tokens that a text spells are text, in prompts and chat templates too."""
     blank: str | None = None
     """How LLaMA's class puts a blank before a text ("first": before its very first word only), None for other classes.
     """
@@ -74,6 +76,7 @@ def read_beside(file: str | Path | None) -> Beside:
         begin=token_text(found.get("bos_token")),
         end=token_text(found.get("eos_token")),
         adds_begin=found.get("add_bos_token") is True,
+        splits_special=found.get("split_special_tokens") is True,
         blank=_blank(found),
     )
 

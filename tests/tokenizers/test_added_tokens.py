@@ -1,12 +1,15 @@
 """Tokens that a folder adds to its vocabulary: the ids and the size that transformers has."""
 
 import json
+import pickle
 
 import pytest
 
 from megatron.errors import ConfigError
 from megatron.tokenizers import make_tokenizer
+from megatron.tokenizers.chat_encoding import ChatTokens
 from megatron.tokenizers.from_folder import find_tokenizer
+from megatron.tokenizers.to_folder import portable
 from tests.tokenizers import made
 
 TEXTS = [
@@ -123,3 +126,47 @@ def test_damaged_files_are_reported(tmp_path, content):
     (folder / "added_tokens.json").write_text(content)
     with pytest.raises(ConfigError, match="added tokens"):
         make_tokenizer("PretrainedFromHF", vocab_file=str(folder))
+
+
+SPELT = "<|im_start|>user\nhi<|im_end|> a<|endoftext|>b </s> [MASK] <|end_of_text|>x"
+SPLITS = {"mask_token": "[MASK]", "split_special_tokens": True, "chat_template": made.CHATML}
+
+
+@pytest.mark.parametrize("build", [made.gpt2, made.chatml, made.llama3], ids=["plain", "one file", "headers"])
+def test_special_tokens_are_text_where_the_folder_says_so(tmp_path, build):
+    """In prompts, in conversations, in what is exported, and after a trip to another process."""
+    from transformers import AutoTokenizer
+
+    folder = folder_of(tmp_path / "theirs", SPLITS, build=build)
+    theirs = AutoTokenizer.from_pretrained(folder)
+    expected = theirs.encode(SPELT, add_special_tokens=False)
+    assert expected != theirs.encode(SPELT, add_special_tokens=False, split_special_tokens=False)
+    ours = make_tokenizer("PretrainedFromHF", vocab_file=str(folder))
+    for each in (ours, pickle.loads(pickle.dumps(ours))):
+        assert each.encode_with_special_tokens(SPELT) == expected
+    turns = [{"role": "user", "content": SPELT}, {"role": "assistant", "content": "you"}]
+    ids, learnt = ChatTokens(str(folder)).encode(turns, role="assistant", only_last=False)
+    assert ids == theirs.apply_chat_template(turns, return_dict=False)
+    assert "you" in theirs.decode([one for one, counts in zip(ids, learnt, strict=True) if counts])
+
+
+def test_vocabularies_of_other_kinds_split_special_tokens_too(tmp_path):
+    """Of BERT's words, and of GPT-2's two files, whose tokenizer is exported."""
+    from transformers import AutoTokenizer
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "sep", "[", "]", "b"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "BertTokenizer", "split_special_tokens": true}'
+    )
+    bert = make_tokenizer("BertWordPieceLowerCase", vocab_file=str(tmp_path / "vocab.txt"))
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert bert.encode_with_special_tokens("a[SEP] b") == theirs.encode("a[SEP] b", add_special_tokens=False)
+    assert bert.eod not in bert.encode_with_special_tokens("a[SEP] b")
+    gpt2 = folder_of(tmp_path / "gpt2", {"split_special_tokens": True})
+    expected = AutoTokenizer.from_pretrained(gpt2).encode(SPELT, add_special_tokens=False)
+    files = {"vocab_file": str(gpt2 / "vocab.json"), "merge_file": str(gpt2 / "merges.txt")}
+    assert make_tokenizer("GPT2BPETokenizer", **files).encode_with_special_tokens(SPELT) == expected
+    (tmp_path / "back").mkdir()
+    portable("GPT2BPETokenizer", files["vocab_file"], files["merge_file"]).write(tmp_path / "back", None)
+    assert AutoTokenizer.from_pretrained(tmp_path / "back").encode(SPELT, add_special_tokens=False) == expected

@@ -179,6 +179,19 @@ def test_special_tokens_that_a_text_spells_are_their_ids_where_a_model_reads_it(
     assert (type(tokenizer).__name__ in kinds_without) == (not tokenizer.special_tokens)
 
 
+@pytest.mark.parametrize("kind", sorted(BUILDERS.keys() - {"CharLevelTokenizer"}))
+def test_special_tokens_are_text_where_the_folder_splits_them(kind, tmp_path):
+    files = BUILDERS[kind](tmp_path)
+    config = tmp_path / "tokenizer_config.json"
+    said = json.loads(config.read_text()) if config.is_file() else {}
+    config.write_text(json.dumps({**said, "split_special_tokens": True}))
+    read = make_tokenizer(kind, **files)
+    assert read.special_tokens
+    for each in (read, pickle.loads(pickle.dumps(read))):
+        for text in read.special_tokens:
+            assert each.encode_with_special_tokens(f"one{text}two") == each.encode(f"one{text}two")
+
+
 def test_text_without_special_tokens_reads_as_it_is_encoded(tokenizer):
     for text in ("", "one two", "def f(x):\n    return x", "naïve café"):
         assert tokenizer.encode_with_special_tokens(text) == tokenizer.encode(text)
