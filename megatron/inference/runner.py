@@ -33,6 +33,9 @@ from megatron.tokenizers.base import Tokenizer
 from megatron.tokenizers.builder import build_tokenizer
 from megatron.tokenizers.vocab_limit import full_tokenizer, known_ids
 
+GENERATED = 64
+"""New tokens of a text where `maximum_tokens` is left out [tokens]."""
+
 
 def generate(config: Config) -> None:
     """Makes the texts that the configuration asks for. Collective over all ranks; rank 0 writes.
@@ -178,7 +181,7 @@ def _settings(config: Config) -> Settings:
     return Settings(
         sampling=own_sampling(config),
         seed=config.training.seed,
-        maximum_tokens=section.maximum_tokens,
+        maximum_tokens=GENERATED if section.maximum_tokens is None else section.maximum_tokens,
         seq_length=context_length(config),
         recompute=section.recompute,
         stop=tuple(section.stop or ()),

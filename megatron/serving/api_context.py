@@ -32,7 +32,7 @@ class GenerationOptions:
     sampling: Sampling
     """Sampling settings."""
     new: int | None
-    """At most, all that fit where it is None. stops, end_ids: what ends a text [tokens]."""
+    """At most; where it is None the service's own limit, and no more than fit [tokens]."""
     stops: tuple[str, ...] = ()
     """Stop texts."""
     seed: int | None = None
@@ -69,6 +69,8 @@ class ApiContext:
     """The model's settings, for requests that leave some out."""
     stops: tuple[str, ...] = ()
     """Texts that end an answer, for requests that name none."""
+    maximum_tokens: int | None = None
+    """Of an answer, for requests that name none [tokens]."""
     vocabulary: int | None = None
     """The ids that have a probability, the tokenizer's unless given [tokens]."""
     conversations: Conversations = field(default_factory=Conversations)
@@ -106,6 +108,11 @@ class ApiContext:
             raise Refused(400, f"prompt: there are only {known_ids(self.tokenizer)} tokens")
         return list(prompt)
 
+    def _most(self, prompt: Sequence[int]) -> int:
+        """The longest answer to a prompt, where the request names none [tokens]."""
+        room = self.seq_length - len(prompt)
+        return room if self.maximum_tokens is None else min(room, self.maximum_tokens)
+
     def begin(self, prompts: Sequence[Sequence[int]], options: GenerationOptions) -> PendingRequest:
         """Queues the texts of a request. Raises Refused for what does not fit, or while too many wait."""
         beyond = [token for token, _ in options.sampling.bias if token >= known_ids(self.tokenizer)]
@@ -127,7 +134,7 @@ class ApiContext:
             Settings(
                 options.sampling,
                 first + at,
-                self.seq_length - len(each) if options.new is None else new,
+                self._most(each) if options.new is None else new,
                 self.seq_length,
                 stop=options.stops,
                 end_ids=self.end_ids,

@@ -116,7 +116,7 @@ class Chat(Generation):
 
     @property
     def new(self) -> int | None:
-        """The most tokens of an answer; None for as many as fit."""
+        """The most tokens of an answer; None for the service's own limit."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property

@@ -29,6 +29,10 @@ class Completion(Generation):
             raise ValueError("max_tokens must be at least 1, or 0 with echo")
         return self
 
+    def new(self, own: int | None) -> int | None:
+        """The most tokens of an answer; None for the service's own limit. own: that limit."""
+        return None if own is not None and "max_tokens" not in self.model_fields_set else self.max_tokens
+
     def prompts(self) -> list[str | list[int]]:
         """The prompts, as text or as tokens."""
         if isinstance(self.prompt, str):

@@ -38,7 +38,7 @@ def add_completions(app: FastAPI, desk: ApiContext) -> None:
         scored = bool(body.echo) and body.logprobs is not None
         options = GenerationOptions(
             body.sampling(desk.sampling),
-            body.max_tokens,
+            body.new(desk.maximum_tokens),
             body.stops(desk.stops),
             body.seed,
             body.n or 1,

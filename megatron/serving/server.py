@@ -108,6 +108,7 @@ def _answer_http(config: Config, service: Service, tokenizer: Tokenizer, stop: S
         ends,
         sampling=own_sampling(config),
         stops=tuple(section.stop or ()),
+        maximum_tokens=section.maximum_tokens,
         vocabulary=vocabulary(config, tokenizer),
         conversations=Conversations.of_tokenizer(named.tokenizer_type, named.vocab_file),
     )

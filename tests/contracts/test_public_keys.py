@@ -14,8 +14,8 @@ PUBLIC: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "public_
 
 PLAIN = {"int": int, "float": float, "str": str, "bool": bool, "dict": dict, "list": tuple, "List": tuple}
 
-OTHER_DEFAULTS = {"gradient_accumulation_steps": None}
-"""Listed in docs/differences.md: it is derived unless given."""
+OTHER_DEFAULTS = {"gradient_accumulation_steps": None, "maximum_tokens": None}
+"""Listed in docs/differences.md: what they are depends on something else."""
 
 NEW = {
     "context_parallel_size",

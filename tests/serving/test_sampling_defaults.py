@@ -8,8 +8,10 @@ import openai
 import pytest
 
 from megatron.inference.sampling import Sampling
+from megatron.serving.chat_rendering import Conversations
 from megatron.serving.requests import Generation
-from tests.inference.small_model import SmallEngine, small_config
+from megatron.tokenizers.chat_template import ChatTemplate
+from tests.inference.small_model import SEQUENCE, SmallEngine, small_config
 from tests.serving.service import running
 
 OWN = Sampling(temperature=0.6, top_k=20, top_p=0.9, min_p=0.1, repetition_penalty=1.2)
@@ -56,3 +58,34 @@ def test_the_service_generates_with_the_settings_of_the_model():
     end = likeliest[4:6]
     own, *_, unstopped = texts(sampling=Sampling(temperature=0.9, top_k=1), stops=(end,))
     assert unstopped == likeliest and own == likeliest[: likeliest.index(end)]
+
+
+LENGTHS = {
+    "completion": ("completions", {}, (5, 16)),
+    "completion, null": ("completions", {"max_tokens": None}, (5, SEQUENCE - 5)),
+    "completion, more": ("completions", {"max_tokens": 7}, (7, 7)),
+    "chat": ("chat", {}, (5, SEQUENCE - 5)),
+    "chat, more": ("chat", {"max_completion_tokens": 7}, (7, 7)),
+    "long prompt": ("completions", {"prompt": "a" * (SEQUENCE - 2)}, (2, None)),
+}
+
+
+@pytest.mark.parametrize("own", [5, None])
+def test_an_answer_is_as_long_as_the_model_says_where_a_request_does_not(own):
+    """With a limit of the model's own, and without."""
+    chat = Conversations(ChatTemplate("{{ messages[0].content }}"))
+    with (
+        running(maximum_tokens=own, conversations=chat) as found,
+        openai.OpenAI(base_url=f"{found.url}/v1", api_key="-") as client,
+    ):
+        for name, (kind, more, lengths) in LENGTHS.items():
+            expected = lengths[own is None]
+            if expected is None:
+                continue
+            if kind == "chat":
+                turns = [{"role": "user", "content": "hello"}]
+                answer = client.chat.completions.create(model="small", messages=turns, temperature=0, **more)
+            else:
+                body = {"prompt": "hello", **more}
+                answer = client.completions.create(model="small", temperature=0, **body)
+            assert answer.usage.completion_tokens == expected, name

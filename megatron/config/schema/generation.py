@@ -23,7 +23,12 @@ class GenerationSection(Section):
     eos_token_ids: Integers | None = key(
         None, "Further tokens at which generated text ends, beside the one that ends a document.", unit="token ids"
     )
-    maximum_tokens: int = key(64, "Longest continuation.", unit="tokens")
+    maximum_tokens: int | None = key(
+        None,
+        "Longest continuation, in the service where a request names none; when left out, 64 in generate.py, and in the "
+        "service 16 of a completion and all that fit of a chat.",
+        unit="tokens",
+    )
     prompt_end: str = key("\n", "Ends a prompt in a prompt file or on the terminal.")
     sample_input_file: str | None = key(None, "File of prompts.")
     sample_output_file: str | None = key("samples.txt", "File for the results, one JSON object a line.")
