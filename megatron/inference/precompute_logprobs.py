@@ -2,7 +2,8 @@
 
 For every item of `<path>` the file `<path>_<model name>.bin/.idx` holds as many float32 numbers: the first is 0, since
 nothing is before the first token, and number i is the log-probability [nats] of token i after the tokens before it.
-An item longer than the model's context is scored in windows. A data set whose .idx is there already is left alone, so
+An item longer than the model's context is scored in windows that overlap: after the first, each scores `eval_overlap`
+tokens, with the tokens before them that fit. A data set whose .idx is there already is left alone, so
 that an interrupted run goes on where it was.
 """
 
@@ -29,6 +30,7 @@ def write_log_probabilities(
     *,
     max_length: int,
     batch_size: int,
+    overlap: int,
     writes: bool,
     vocabulary: int | None = None,
 ) -> None:
@@ -42,6 +44,7 @@ def write_log_probabilities(
         target: Prefix of the output.
         max_length: Context of the model [tokens].
         batch_size: Sequences in one forward pass.
+        overlap: Tokens that each window after the first scores [tokens].
         writes: True on the rank that writes.
         vocabulary: The ids that exist [tokens].
     """
@@ -55,7 +58,9 @@ def write_log_probabilities(
     try:
         for start in range(0, len(source), batch_size):
             items = [numpy.asarray(source[at]) for at in range(start, min(start + batch_size, len(source)))]
-            found = item_scores(engine, items, max_length=max_length, batch_size=batch_size, vocabulary=vocabulary)
+            found = item_scores(
+                engine, items, max_length=max_length, batch_size=batch_size, overlap=overlap, vocabulary=vocabulary
+            )
             for at, scores in enumerate(found, start):
                 _require_numbers(scores, f"{path}, item {at}")
                 if writer is not None:
@@ -79,7 +84,13 @@ def _require_numbers(scores: numpy.ndarray, location: str) -> None:
 
 
 def item_scores(
-    engine: Engine, items: Sequence[numpy.ndarray], *, max_length: int, batch_size: int, vocabulary: int | None = None
+    engine: Engine,
+    items: Sequence[numpy.ndarray],
+    *,
+    max_length: int,
+    batch_size: int,
+    overlap: int,
+    vocabulary: int | None = None,
 ) -> list[numpy.ndarray]:
     """The log-probabilities of each item's tokens, float32 of the item's length.
 
@@ -88,13 +99,15 @@ def item_scores(
         items: Ids of each item.
         max_length: Context length [tokens].
         batch_size: Items in one forward pass.
+        overlap: Tokens that each window after the first scores [tokens].
         vocabulary: Number of ids that exist; all unless given.
     """
     pairs: list[Pair] = []
     owners: list[int] = []
     for number, item in enumerate(items):
         tokens = item.tolist()
-        for pair in windows(tokens[:1], tokens[1:], max_length) if len(tokens) > 1 else ():
+        stride = min(overlap, max_length)
+        for pair in windows(tokens[:1], tokens[1:], max_length, stride) if len(tokens) > 1 else ():
             pairs.append(pair)
             owners.append(number)
     parts: list[list[torch.Tensor]] = [[] for _ in items]

@@ -96,6 +96,7 @@ def precompute(config: Config) -> None:
                 f"{path}_{name}",
                 max_length=context_length(config),
                 batch_size=config.generation.generation_batch_size,
+                overlap=config.evaluation.eval_overlap,
                 writes=topology.rank == 0,
                 vocabulary=vocabulary(config, tokenizer),
             )

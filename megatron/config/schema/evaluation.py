@@ -21,5 +21,8 @@ class EvaluationSection(Section):
     eval_cache_requests: bool = key(False, "Keep the built requests of each task on disk for the next evaluation.")
     eval_cloze: str | None = key(None, "JSONL file for last-word prediction by tools/perplexity.py (LAMBADA style).")
     eval_overlap: int = key(
-        32, "Tokens that each window after the first scores in tools/perplexity.py; fewer cost more.", unit="tokens"
+        32,
+        "Tokens that each window after the first scores in tools/perplexity.py and text_gen_type precompute; fewer "
+        "cost more.",
+        unit="tokens",
     )
