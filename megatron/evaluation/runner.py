@@ -39,6 +39,10 @@ if TYPE_CHECKING:
     from megatron.tokenizers.chat_template import ChatTemplate
 
 
+_FILES_OF_FOLDERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+"""Names under which `transformers` finds a tokenizer in a folder."""
+
+
 def evaluate(config: Config) -> None:
     """Scores the checkpoint on `eval_tasks`; rank 0 prints lm-eval's table and writes the results file.
 
@@ -232,9 +236,27 @@ def _load_tasks(config: Config) -> tuple[Any, ChatTemplate | None]:
         from megatron.tokenizers.chat_template import ChatTemplate
 
         chat = ChatTemplate.of_tokenizer(named.tokenizer_type, named.vocab_file, key="eval_chat_template")
-    tasks = Tasks(section.eval_tasks or (), section.eval_include_path, section.eval_num_fewshot, own_sampling(config))
+    tokenizer = tokenizer_for_tasks(config.tokenizer.vocab_file)
+    tasks = Tasks(
+        section.eval_tasks or (),
+        section.eval_include_path,
+        section.eval_num_fewshot,
+        own_sampling(config),
+        {**({} if tokenizer is None else {"tokenizer": tokenizer}), **(section.eval_metadata or {})},
+    )
     tasks.check(section.eval_limit, section.eval_model_args or {})
     return tasks, chat
+
+
+def tokenizer_for_tasks(vocab_file: str | None) -> str | None:
+    """What tasks that count tokens by themselves (RULER) give to `transformers`: a folder, or a public model's name.
+
+    None where `transformers` does not read the file.
+    """
+    if vocab_file is None or not Path(vocab_file).is_file():
+        return vocab_file
+    path = Path(vocab_file)
+    return str(path.parent) if path.name in _FILES_OF_FOLDERS else None
 
 
 def _harness_model(

@@ -22,6 +22,7 @@ from lm_eval import evaluate as run_harness
 from lm_eval.api import metrics
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks._index import Entry
 from lm_eval.utils import make_table
 
 from megatron.errors import ConfigError, RunError
@@ -43,32 +44,25 @@ class Tasks:
         include_path: str | None = None,
         fewshot: int | None = None,
         sampling: Sampling | None = None,
+        metadata: Mapping[str, Any] | None = None,
     ) -> None:
         """Loads tasks. Raises ConfigError for an unknown name and for generation arguments that cannot be followed.
 
-        Raises RunError when a task's data cannot be had.
+        Raises RunError when a task's data cannot be had, and for any error of a task's own code.
 
         Args:
             names: Names, shell wildcards or paths of task files.
             include_path: Folder of further tasks.
             fewshot: Worked examples before each question, for tasks that do not fix the number at 0.
             sampling: The model's own settings, for what tasks leave out.
+            metadata: What tasks that make their own data are given, such as `tokenizer` and `max_seq_lengths`.
         """
-        manager, found = _find(names, include_path)
+        manager, found = _find(names, include_path, dict(metadata or {}))
         with _own_evaluate_out_of_the_way(), _quiet(), fixed_seeds():  # some tasks shuffle choices as they load
             try:
                 self._loaded = manager.load(_once(manager, found, names))
-            except (OSError, ValueError) as error:  # data sets raise their own kinds of both
-                shared = str(error).startswith("Duplicate task")
-                raise RunError.of(
-                    f"cannot load the tasks: {str(error).strip() or type(error).__name__}",
-                    key="eval_tasks",
-                    value=list(names),
-                    hint="score the two in evaluations of their own"
-                    if shared
-                    else "evaluation is offline: only local files and what is in the Hugging Face cache are found; "
-                    "set HF_HUB_OFFLINE=0 and HF_DATASETS_OFFLINE=0 to fetch what is missing",
-                ) from error
+            except Exception as error:
+                raise _loading_failed(error, names) from error
         for name, task in self._loaded["tasks"].items():
             if task.get_config("output_type") == "generate_until":
                 read_arguments(task.get_config("generation_kwargs") or {}, name, own=sampling)
@@ -101,10 +95,47 @@ class Tasks:
                 failed = None if isinstance(error, ConfigError | RunError) else _failed_task(error, model)
                 if failed is None:
                     raise
-                what = f"the metrics of the task {failed} cannot be computed: {type(error).__name__}: {error}"
+                built = any(
+                    frame.f_code.co_name == "build_all_requests" for frame, _ in traceback.walk_tb(error.__traceback__)
+                )
+                step = (
+                    f"prompts of the task {failed} cannot be made"
+                    if built
+                    else f"metrics of the task {failed} cannot be computed"
+                )
+                what = f"the {step}: {type(error).__name__}: {error}"
                 hint = "correct the task's own functions and metrics, or leave it out"
                 raise RunError.of(what, key="eval_tasks", value=failed, hint=hint) from error
         return dict(results or {})  # never None: for lm-eval every rank is a rank 0
+
+
+def _loading_failed(error: Exception, names: Sequence[str]) -> RunError:
+    """What to say where tasks cannot be loaded: which one, and why."""
+    frames = [frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__)]
+    busy = [variables["entry"].name for variables in frames if isinstance(variables.get("entry"), Entry)]
+    said = str(error).strip()
+    if isinstance(error, OSError | ValueError) and said.startswith("Duplicate task"):
+        hint = "score the two in evaluations of their own"
+    elif isinstance(error, ImportError):
+        hint = "install what the task imports; the README of the task in lm-eval names its extra"
+    elif isinstance(error, OSError):  # data sets raise their own kinds of it
+        hint = (
+            "evaluation is offline: only local files and what is in the Hugging Face cache are found; "
+            "set HF_HUB_OFFLINE=0 and HF_DATASETS_OFFLINE=0 to fetch what is missing"
+        )
+    else:
+        hint = (
+            "a task that makes its own data takes settings from eval_metadata, such as tokenizer and max_seq_lengths; "
+            "evaluation is offline unless HF_HUB_OFFLINE=0 and HF_DATASETS_OFFLINE=0 are set"
+        )
+    kind = "" if isinstance(error, OSError | ValueError) and said else f"{type(error).__name__}: "
+    what = f"the task {busy[-1]}" if busy else "the tasks"
+    return RunError.of(
+        f"cannot load {what}: {kind}{said}".removesuffix(": "),
+        key="eval_tasks",
+        value=busy[-1] if busy else list(names),
+        hint=hint,
+    )
 
 
 def _failed_task(error: Exception, model: LM) -> str | None:
@@ -124,19 +155,24 @@ def results_table(results: dict[str, Any]) -> str:
     return "\n".join(str(table).rstrip("\n") for table in tables)
 
 
-def _find(names: Sequence[str], include_path: str | None) -> tuple[TaskManager, list[str]]:
+def _find(names: Sequence[str], include_path: str | None, metadata: dict[str, Any]) -> tuple[TaskManager, list[str]]:
     """A task manager that knows all the names, and the names with wildcards resolved.
 
     lm-eval's own 14,000 tasks take seconds to list, so they are left out when the user's folder has all the names.
+
+    Args:
+        names: As the user wrote them.
+        include_path: Folder of further tasks.
+        metadata: For all tasks.
     """
     if include_path is not None and not Path(include_path).is_dir():
         raise ConfigError.of("there is no such folder", key="eval_include_path", value=include_path)
     if include_path is not None:
-        manager = TaskManager(include_path=include_path, include_defaults=False)
+        manager = TaskManager(include_path=include_path, include_defaults=False, metadata=metadata)
         found = {name: _matches(manager, name) for name in names}
         if all(found.values()):
             return manager, [match for matches in found.values() for match in matches]
-    manager = TaskManager(include_path=include_path)
+    manager = TaskManager(include_path=include_path, metadata=metadata)
     found = {name: _matches(manager, name) for name in names}
     ConfigError.raise_any(
         issue for name, matches in found.items() if not matches for issue in _unknown(manager, name).issues

@@ -49,6 +49,7 @@ NEW = {
     "eval_cache_requests",
     "eval_cloze",
     "eval_overlap",
+    "eval_metadata",
     "repetition_penalty",
     "stop",
     "gpu_memory",

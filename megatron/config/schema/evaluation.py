@@ -26,3 +26,6 @@ class EvaluationSection(Section):
         "cost more.",
         unit="tokens",
     )
+    eval_metadata: Table | None = key(
+        None, "What tasks that make their own data need, such as max_seq_lengths; the tokenizer is there already."
+    )
