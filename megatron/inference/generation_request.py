@@ -12,6 +12,7 @@ from megatron.inference.prompt_encoding import GrowingText, TextBehind
 from megatron.inference.sampling import Sampler, Sampling
 from megatron.inference.token_loop import Limits, RunningSequence, Step
 from megatron.tokenizers.base import Tokenizer, split_at
+from megatron.tokenizers.source import reads_sources
 from megatron.tokenizers.vocab_limit import known_ids
 
 _LARGE_SHARE = 0.5  # of the context, from which on a prompt is worth a warning
@@ -109,7 +110,9 @@ class GenerationRequest:
         self._settings = settings
         self._context = context
         self._on_token = on_token
-        self._pieces = Detokenizer(tokenizer, settings.stop, stream, () if settings.alone else prompt)
+        self._pieces = Detokenizer(
+            tokenizer, settings.stop, stream, () if settings.alone or reads_sources(tokenizer) else prompt
+        )
         self._logits: list[list[float]] | None = [] if settings.return_logits else None
         self._started = time.perf_counter()
         self.prompt_tokens = len(prompt)

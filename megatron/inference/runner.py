@@ -13,10 +13,12 @@ from functools import partial
 
 from megatron.checkpoint.load.loader import make_available
 from megatron.config import Config
+from megatron.config.validation.unknown_values import require
 from megatron.distributed.init import shutdown
 from megatron.distributed.mesh import Topology
 from megatron.distributed.process_group import any_rank
 from megatron.engine.builder import build_inference_engine, build_vocabulary, init_topology
+from megatron.engine.encoder_decoder import EncoderDecoderEngine
 from megatron.engine.engine import Engine
 from megatron.errors import ConfigError
 from megatron.health.heartbeat import ASKING
@@ -28,9 +30,13 @@ from megatron.inference.interactive import Interruption, run_interactive
 from megatron.inference.precompute_logprobs import write_log_probabilities
 from megatron.inference.prompt_broadcast import broadcast_prompt
 from megatron.inference.sampling import Sampling
+from megatron.param_table import ModelDims
+from megatron.registry import POSITIONS
 from megatron.tokenizer_info import describe_tokenizer
 from megatron.tokenizers.base import Tokenizer
 from megatron.tokenizers.builder import build_tokenizer
+from megatron.tokenizers.masking import span_tokens
+from megatron.tokenizers.source import SourceTokenizer
 from megatron.tokenizers.vocab_limit import full_tokenizer, known_ids
 
 GENERATED = 64
@@ -118,7 +124,12 @@ def with_loaded_model(config: Config, work: Callable[[Engine, Tokenizer, Topolog
             tokenizer, rows = build_vocabulary(config, topology, tokenizer)
             check_ends(config.generation.eos_token_ids, tokenizer)
             facts = describe_tokenizer(config.tokenizer.tokenizer_type, full_tokenizer(tokenizer))
-            engine = build_inference_engine(config, topology, rows, facts)
+            built = build_inference_engine(config, topology, rows, facts)
+            engine: Engine = built
+            if config.model.encoder_num_layers is not None:
+                spans = span_tokens(tokenizer, 0)
+                engine = EncoderDecoderEngine.of(built, spans.start, ModelDims.of(config.model))
+                tokenizer = SourceTokenizer(tokenizer, spans)
             with watchdog.activity(ASKING):
                 work(engine, tokenizer, topology)
     finally:
@@ -147,9 +158,12 @@ def check_ends(ids: Sequence[int] | None, tokenizer: Tokenizer) -> None:
 
 def context_length(config: Config) -> int:
     """The most tokens that the model reads at once, beside a learned prompt."""
-    if config.model.text_length is None:
+    model = config.model
+    if model.encoder_num_layers is not None and "embedding" in POSITIONS.entry(model.pos_emb).enters:
+        return require(model.max_position_embeddings)  # either stack has that many positions
+    if model.text_length is None:
         raise ConfigError.of("the length of the model's context is not given", key="seq_length", value=None)
-    return config.model.text_length
+    return model.text_length
 
 
 def _contexts(config: Config, mode: str) -> list[str]:

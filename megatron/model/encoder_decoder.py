@@ -90,6 +90,7 @@ class DecoderTransformerBlock(TransformerBlock):
     def __init__(self, number: int, spec: BlockSpec, source: ParamFactory) -> None:
         super().__init__(number, spec, source)
         self.encoder_length, self.encoder_rows = spec.encoder_length, spec.encoder_rows
+        self.number = number
         self.cross_attention_layernorm = spec.norm()
         self.cross_attention = CrossAttention(number, spec, source.of("cross_attention"))
         self.to(spec.dtype)

@@ -112,7 +112,7 @@ class KVCache:
 
     def rows(self, first: int, count: int) -> KVCache:
         """Returns a cache of these rows: it shares the memory and starts with their lengths."""
-        part = object.__new__(KVCache)
+        part = object.__new__(type(self))
         part.memory = self.memory[:, :, first : first + count]
         part.first_layer = self.first_layer
         part.prompt = self.prompt

@@ -43,11 +43,13 @@ class SourceCache(KVCache):
         part.source_lengths = self.source_lengths[first : first + count]
         return part
 
-    def begin(self, lengths: Sequence[int]) -> None:
-        """Empties the rows for sources of these lengths [tokens]."""
-        self.source_lengths.copy_(torch.tensor(list(lengths)))
+    def begin(self, positions: int) -> Tensor:
+        """Empties the rows for sources of that many tokens with padding; returns their lengths [b], on the host."""
+        valid = self._valid_lengths or [positions] * self.batch
+        self.source_lengths.copy_(torch.tensor(valid))
         self._valid_lengths = None
         super().set_lengths([0] * self.batch)
+        return self.source_lengths
 
     def set_encoded(self, block: int, keys: Tensor, values: Tensor) -> None:
         """Stores keys and values [b, m/t, k, d] of the encoder's output for a block of the decoder."""
@@ -67,9 +69,18 @@ class SourceCache(KVCache):
             return None
         return (torch.arange(self._longest) < self.source_lengths[:, None]).to(self.memory.device)
 
-    def set_text_lengths(self, lengths: Sequence[int]) -> None:
-        """Sets the length of each row from the tokens that the loop counts: the source's and those that follow."""
-        super().set_lengths([text - own + 1 for text, own in zip(lengths, self.source_lengths.tolist(), strict=True)])
+    def advance(self, positions: int) -> None:
+        """Counts these positions of the decoder, which all blocks have stored."""
+        self._valid_lengths = None
+        super().set_lengths([length + positions for length in self.lengths])
+
+    def set_lengths(self, lengths: Sequence[int]) -> None:
+        """Sets the length of each row from the tokens that the loop counts: the source's and those that follow it.
+
+        The decoder has one more of those that follow, which starts it. A row of length 0 is empty.
+        """
+        sources = self.source_lengths.tolist()
+        super().set_lengths([text and text - own + 1 for text, own in zip(lengths, sources, strict=True)])
 
     def clear(self, row: int) -> None:
         """Empties a row and zeroes its memory."""

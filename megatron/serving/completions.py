@@ -14,10 +14,11 @@ from fastapi.responses import StreamingResponse
 
 from megatron.inference.generation_request import GenerationResult
 from megatron.serving.api_context import ApiContext, GenerationOptions, complete_answer, reason, usage
-from megatron.serving.api_errors import failed_event
+from megatron.serving.api_errors import Refused, failed_event
 from megatron.serving.async_results import PendingRequest, TokenScore
 from megatron.serving.completion_request import Completion
 from megatron.serving.logprobs import completion_logprobs
+from megatron.tokenizers.source import reads_sources
 
 STREAM: dict[int | str, dict[str, Any]] = {
     200: {
@@ -36,6 +37,8 @@ def add_completions(app: FastAPI, desk: ApiContext) -> None:
         prompts = body.prompts()
         encoded = [desk.tokens(prompt) for prompt in prompts]
         scored = bool(body.echo) and body.logprobs is not None
+        if scored and reads_sources(desk.tokenizer):
+            raise Refused(400, "echo with logprobs: an encoder-decoder has no scores of the text that it reads")
         options = GenerationOptions(
             body.sampling(desk.sampling),
             body.new(desk.maximum_tokens),

@@ -57,6 +57,8 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"char_level_ppl": True}, "the loss is that of spans"),
     ({"eval_tasks": ["lambada"]}, "does not continue the text that it reads"),
     ({"user_script": "evaluate.py", "load": "somewhere"}, "does not continue the text that it reads"),
+    ({"user_script": "generate.py", "load": "a", "recompute": True}, "a source and what follows are two sequences"),
+    ({"user_script": "generate.py", "load": "a", "text_gen_type": "precompute"}, "use input-file or interactive"),
 ]
 LAYOUTS: list[tuple[dict[str, Any], str]] = [
     ({"context_parallel_size": 2}, "its two sequences are not shared out; use model_parallel_size"),
@@ -66,6 +68,7 @@ LAYOUTS: list[tuple[dict[str, Any], str]] = [
         {"model_parallel_size": 2, "sequence_parallel": True, "encoder_seq_length": 33, "decoder_seq_length": 15},
         "it does not divide into 2 shards",
     ),
+    ({"user_script": "generate.py", "load": "a", "pipe_parallel_size": 2}, "generates on one stage"),
 ]
 
 
@@ -95,6 +98,7 @@ def test_every_layout_is_allowed() -> None:
         {"pipe_parallel_size": 2},
         {"zero_optimization": {"stage": 3}},
         {"checkpoint_activations": True, "precision": "bfloat16"},
+        {"user_script": "generate.py", "load": "somewhere", "model_parallel_size": 2},
     ]
     for layout in layouts:
         assert errors(2, **{**T5, **layout}) == []

@@ -39,7 +39,11 @@ def text(engine, prompt, **how):
 
 
 SCHEMES = {
-    **{name: {"pos_emb": name, "rotary_pct": 0.5 if name == "rotary" else 1.0} for name in POSITIONS.names},
+    **{
+        name: {"pos_emb": name, "rotary_pct": 0.5 if name == "rotary" else 1.0}
+        for name in POSITIONS.names
+        if name != "relative"  # of two stacks
+    },
     "window": {"sliding_window_width": 8},
 }
 WIDTHS = {"torch": {}, "compiled": {"hidden_size": 64}}

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from megatron.config.config import Config
+from megatron.config.derived.encoder import CONVERSION
 from megatron.config.derived.encoder_decoder import FRAME, PARTS, SPANS, usual_spans
 from megatron.config.derived.fill import trains
 from megatron.errors import ConfigIssue
@@ -13,6 +15,8 @@ from megatron.registry import POSITIONS
 
 RELATIVE = "relative"
 """The positions of an encoder-decoder that no other model has."""
+GENERATING = frozenset({"generate.py", "run_text_generation_server.py", CONVERSION})
+"""Scripts without training that take an encoder-decoder."""
 SHORTEST = 8
 """Tokens of the shortest text with something to leave out."""
 
@@ -102,11 +106,22 @@ def encoder_decoders_generate_or_train(config: Config) -> Iterator[ConfigIssue]:
     if config.training.train_impl != SPANS:
         return
     script, what = config.launch.user_script, "an encoder-decoder does not continue the text that it reads"
-    if not trains(script):
-        hint = "training reports the loss on validation data"
+    if not trains(script) and Path(str(script)).name not in GENERATING:
+        hint = "use generate.py; training reports the loss on validation data"
         yield ConfigIssue(what, key="train_impl", value=SPANS, hint=hint)
     elif config.evaluation.eval_tasks:
         yield ConfigIssue(what, key="eval_tasks", value=list(config.evaluation.eval_tasks), hint="leave it out")
+    if trains(script):
+        return
+    if config.generation.recompute:
+        what = "its text is generated from a cache: a source and what follows are two sequences"
+        yield ConfigIssue(what, key="recompute", value=True, hint="leave it out")
+    if config.generation.text_gen_type == "precompute":
+        yield ConfigIssue(what, key="text_gen_type", value="precompute", hint="use input-file or interactive")
+    if config.parallelism.pipe_parallel_size > 1:
+        what = "an encoder-decoder generates on one stage, since its encoder runs once and its decoder again and again"
+        hint = "set pipe_parallel_size: 1, and model_parallel_size to share it out; any layout's checkpoint is read"
+        yield ConfigIssue(what, "pipe_parallel_size", config.parallelism.pipe_parallel_size, hint=hint)
 
 
 def spans_can_be_cut_out(config: Config) -> Iterator[ConfigIssue]:
