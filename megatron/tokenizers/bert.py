@@ -48,10 +48,13 @@ class WordPieces(FromTokenizers):
         return {**found, "model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}
 
     def to_json(self, file: str | None = None) -> str:
-        """The text of a tokenizer.json, which puts `[CLS] [SEP]` around a text and `[SEP]` behind a second one."""
+        """The text of a tokenizer.json, which puts `[CLS] [SEP]` around a text and `[SEP]` behind a second one.
+
+        A vocabulary with sentinels is an encoder-decoder's, which reads a text as it is.
+        """
         made = FastTokenizer.from_str(super().to_json(file))
         cls = self.id_of("[CLS]")
-        if cls is not None:
+        if cls is not None and self.id_of(sentinel(0)) is None:
             made.post_processor = processors.TemplateProcessing(
                 single=f"[CLS] $A {END}",
                 pair=f"[CLS] $A {END} $B:1 {END}:1",

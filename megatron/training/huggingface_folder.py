@@ -35,7 +35,9 @@ from megatron.config.schema.moe import MoeSection
 from megatron.config.schema.mup import MupSection
 from megatron.errors import ConfigError, RunError
 from megatron.tokenizer_info import TokenizerInfo
+from megatron.tokenizers.builder import build_tokenizer
 from megatron.tokenizers.from_folder import find_tokenizer
+from megatron.tokenizers.masking import span_tokens
 from megatron.tokenizers.to_folder import Portable, portable, portable_of
 
 Say = Callable[[str], None]
@@ -183,7 +185,20 @@ def _special(stored: StoredModel, tokenizer: Portable | None, tokens: int | None
     ids = ids_for_config(stored_ids, ends=ends, begin=begin, vocabulary=vocabulary(stored, tokens))
     if ids["eos_token_id"] is None:
         say("the end-of-text token is not known, so eos_token_id is null; give --tokenizer")
-    return ids
+    if stored.model.encoder_num_layers is None:
+        return ids
+    return {**ids, **_of_decoder(stored, say)}
+
+
+def _of_decoder(stored: StoredModel, say: Say) -> Settings:
+    """Returns the ids that a decoder starts with and ends with, where the run's tokenizer has them."""
+    section = stored.tokenizer
+    try:
+        spans = span_tokens(build_tokenizer(section), 0)
+    except ConfigError as error:
+        say(f"the decoder starts with id 0 and ends with 1, as a T5's: {error}")
+        return {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
+    return {"decoder_start_token_id": spans.start, "pad_token_id": spans.words.pad, "eos_token_id": spans.end}
 
 
 def _stored_generation(tokenizer: Portable | None) -> dict[str, Any]:

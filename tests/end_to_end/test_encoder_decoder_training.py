@@ -8,11 +8,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
+import torch
+from transformers import T5ForConditionalGeneration
 
-from tests.end_to_end.runs import run, run_all, series
-from tests.multi_rank import RankFailedError
+from megatron.config import Resources, resolve
+from megatron.inference import runner as inference_run
+from megatron.tokenizers import make_tokenizer
+from tests.end_to_end.runs import BASE, run, run_all, series
+from tests.multi_rank import RankFailedError, run_cases
+from tests.serving.service import running
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = [f"{first}{second}" for first in ("ka", "lo", "mi", "ne", "su") for second in ("ra", "to", "vi", "ze")]
@@ -71,6 +78,61 @@ def test_two_resumes_change_nothing_and_any_layout_continues(form: str, data: di
     layout = {"pipe_parallel_size": 2} if form == "public" else {"model_parallel_size": 2}
     other = run(2, tmp_path / "two", **{**calm, **here, "load": here["save"], **layout})
     assert series(other, "train/lm_loss") == pytest.approx(series(one["full"], "train/lm_loss")[3:], rel=1e-5)
+
+
+PROMPTS = ["kara <extra_id_0> kavi kaze lora.", "Mito mivi <extra_id_0>", "nera"]
+
+
+def answer(rank: int, world_size: int, settings: dict[str, Any]) -> list[list[str]]:
+    """What generate.py writes, and what the text service answers one prompt after another and all together."""
+    inference_run.shutdown = lambda: None
+    config = resolve([], settings, Resources(world_size)).config
+    inference_run.generate(config)
+    found = [[json.loads(line)["text"] for line in Path(settings["sample_output_file"]).read_text().splitlines()]]
+
+    def ask(engine: Any, tokenizer: Any, topology: Any) -> None:
+        length = inference_run.context_length(config.for_inference())
+        with running(engine=engine, tokenizer=tokenizer, length=length) as service:
+
+            def post(prompt: str | list[str], **more: Any) -> Any:
+                body = {"prompt": prompt, "max_tokens": 8, "temperature": 0, **more}
+                reply = httpx.post(f"{service.url}/v1/completions", json=body, timeout=60)
+                return reply.json() if reply.status_code == 200 else reply.text
+
+            found.append([post(prompt)["choices"][0]["text"] for prompt in PROMPTS])
+            found.append([choice["text"] for choice in post(PROMPTS)["choices"]])
+            found.append([post(PROMPTS[0], echo=True, logprobs=1)])
+
+    inference_run.with_loaded_model(config.for_inference(), ask)
+    return found
+
+
+def test_generated_text_is_that_of_transformers(data: dict[str, Any], tmp_path: Path) -> None:
+    """generate.py and the service from a cache, the texts side by side."""
+    keys = {**data, **PUBLIC, "use_bias_in_attn_linear": False, "use_bias_in_mlp": False, "num_kv_heads": 4}
+    keys |= {"mlp_multiple_of": 2, "train_iters": 80, "optimizer": {"type": "Adam", "params": {"lr": 0.01}}}
+    keys |= {"eval_interval": 100}
+    run(1, tmp_path, **{**keys, "save": str(tmp_path / "save"), "checkpoint_factor": 100})
+    (tmp_path / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in PROMPTS))
+    settings = {**BASE, **keys, "load": str(tmp_path / "save"), "user_script": "generate.py", "maximum_tokens": 8}
+    settings |= {"sample_input_file": str(tmp_path / "prompts.txt"), "sample_output_file": str(tmp_path / "out.jsonl")}
+    settings |= {"generation_batch_size": 2, "distributed_backend": "gloo"}
+    (found,) = run_cases({"one": (answer, settings)}, 1)["one"]
+
+    tool("convert_to_hf.py", "--input-dir", str(tmp_path / "save"), "--output-dir", str(tmp_path / "theirs"))
+    theirs = T5ForConditionalGeneration.from_pretrained(tmp_path / "theirs").eval()
+    tokenizer = make_tokenizer("BertWordPieceLowerCase", vocab_file=data["vocab_file"])
+    special = tokenizer.special_tokens
+    assert theirs.config.decoder_start_token_id == special["[BOS]"]
+    expected = []
+    for prompt in PROMPTS:
+        source = torch.tensor([tokenizer.encode_with_special_tokens(prompt)])
+        made = theirs.generate(source, max_new_tokens=8, do_sample=False, eos_token_id=special["[EOS]"])
+        expected.append(tokenizer.decode([int(token) for token in made[0, 1:] if token != special["[EOS]"]]))
+    assert all(expected), expected
+    plain = [[text or "" for text in texts] for texts in found[:3]]
+    assert plain == [expected] * 3
+    assert "has no scores of the text that it reads" in found[3][0]
 
 
 @pytest.mark.long

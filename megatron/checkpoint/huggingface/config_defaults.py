@@ -256,6 +256,23 @@ _MEGATRON_BERT: Settings = {
     "is_decoder": False,
     "add_cross_attention": False,
 }
+_T5: Settings = {
+    "vocab_size": 32128,
+    "d_model": 512,
+    "d_kv": 64,
+    "d_ff": 2048,
+    "num_layers": 6,
+    "num_decoder_layers": None,  # as many as of the encoder
+    "num_heads": 8,
+    "relative_attention_num_buckets": 32,
+    "relative_attention_max_distance": 128,
+    "dropout_rate": 0.1,
+    "layer_norm_epsilon": 1e-6,
+    "feed_forward_proj": "relu",
+    "is_encoder_decoder": True,
+    "is_decoder": False,
+    "tie_word_embeddings": True,
+}
 DEFAULTS: Mapping[str, Settings] = {
     "gpt_neox": _NEOX,
     "llama": _LLAMA,
@@ -279,6 +296,7 @@ DEFAULTS: Mapping[str, Settings] = {
     "mamba": _MAMBA,
     **EXPERT_DEFAULTS,
     "megatron-bert": _MEGATRON_BERT,
+    "t5": _T5,
 }
 """model_type -> key -> the value of its class."""
 ROTARY = frozenset({"rope_theta", "rotary_emb_base", "rotary_pct", "rope_local_base_freq", "partial_rotary_factor"})
@@ -299,6 +317,12 @@ ALIASES: Mapping[str, Mapping[str, str]] = {
     },
     "mpt": {"hidden_size": "d_model", "num_attention_heads": "n_heads", "num_hidden_layers": "n_layers"},
     "mixtral": {"num_experts": "num_local_experts"},
+    "t5": {
+        "hidden_size": "d_model",
+        "num_attention_heads": "num_heads",
+        "num_hidden_layers": "num_layers",
+        "head_dim": "d_kv",
+    },
     **EXPERT_ALIASES,
 }
 """model_type -> another name of a key -> the key."""

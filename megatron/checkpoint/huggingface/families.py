@@ -25,13 +25,14 @@ from megatron.checkpoint.huggingface.plain_decoders import NEMOTRON, STARCODER2
 from megatron.checkpoint.huggingface.qwen import QWEN2, QWEN3
 from megatron.checkpoint.huggingface.qwen_moe import QWEN2_MOE, QWEN3_MOE
 from megatron.checkpoint.huggingface.smollm3 import SMOLLM3
+from megatron.checkpoint.huggingface.t5 import T5
 from megatron.config.schema.mixers import MixersSection
 from megatron.config.schema.model import ModelSection
 from megatron.config.schema.moe import MoeSection
 from megatron.errors import ConfigError, ConfigIssue
 from megatron.registry import BIDIRECTIONAL, CAUSAL, WITHOUT_ATTENTION
 
-EARLIER = (GPT_NEOX, LLAMA, MISTRAL, MIXTRAL, QWEN3, GPT2, OPT, MPT, MAMBA, MEGATRON_BERT)
+EARLIER = (GPT_NEOX, LLAMA, MISTRAL, MIXTRAL, QWEN3, GPT2, OPT, MPT, MAMBA, MEGATRON_BERT, T5)
 LATER = (QWEN2, GEMMA2, GEMMA3, OLMO2, OLMO3, SMOLLM3, PHI3, COHERE2, GRANITE, STARCODER2, NEMOTRON)
 WITH_EXPERTS = (QWEN2_MOE, QWEN3_MOE, OLMOE, GLM4_MOE, DEEPSEEK_V2, DEEPSEEK_V3)
 FAMILIES = {family.name: family for family in (*EARLIER, *LATER, *WITH_EXPERTS)}
@@ -61,6 +62,8 @@ def family_for(model: ModelSection, moe: MoeSection, mixers: MixersSection, name
         likely = [family for family in FAMILIES.values() if family.experts is not None]
     elif model.attention_mask == BIDIRECTIONAL:
         likely = [family for family in FAMILIES.values() if family.encoder]
+    elif model.encoder_num_layers is not None:
+        likely = [family for family in FAMILIES.values() if family.encoder_decoder]
     elif "mamba" in map(str, model.attention_config or ()):
         likely = [family for family in FAMILIES.values() if family.mixers is not None]
     raise ConfigError(*min((errors[family.name] for family in likely), key=len))
@@ -72,6 +75,9 @@ def _misfits(family: ModelFamily, model: ModelSection, moe: MoeSection, mixers: 
     if family.encoder != (model.attention_mask == BIDIRECTIONAL):
         what = f"a model of the family {family.name} is {BIDIRECTIONAL if family.encoder else CAUSAL}"
         errors.append(ConfigIssue(what, key="attention_mask", value=model.attention_mask))
+    if family.encoder_decoder != (model.encoder_num_layers is not None):
+        what = f"a model of the family {family.name} has {'an encoder' if family.encoder_decoder else 'one stack'}"
+        errors.append(ConfigIssue(what, key="encoder_num_layers", value=model.encoder_num_layers))
     known = family.mixers.kinds if family.mixers else frozenset()
     others = sorted((set(map(str, model.attention_config or ())) & WITHOUT_ATTENTION) - known)
     if others:

@@ -114,6 +114,8 @@ class ModelFamily:
     """None where all of them have attention."""
     encoder: bool = False
     """Whether its attention is bidirectional."""
+    encoder_decoder: bool = False
+    """Whether its blocks are an encoder and a decoder."""
 
 
 def same(ours: str, theirs: str) -> TensorMapping:

@@ -67,7 +67,9 @@ def adopt(
     """
     settings = folder.settings() | {"vocab_size": folder.rows, "make_vocab_size_divisible_by": 1}
     script = CONVERSION if folder.family.encoder else "generate.py"
-    flags = {**settings, "seq_length": settings["max_position_embeddings"], "user_script": script}
+    flags = {**settings, "user_script": script}
+    if not folder.family.encoder_decoder:
+        flags["seq_length"] = settings["max_position_embeddings"]
     flags |= {**(further or {}), "model_parallel_size": model_size}
     config = resolve([], flags, Resources(model_size)).config
     dims = ModelDims.of(config.model, config.moe, config.mixers)
