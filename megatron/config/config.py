@@ -156,7 +156,7 @@ class Config:
     def for_inference(self) -> Config:
         """Returns the Config of generation and evaluation: no optimizer state, ZeRO, recompute or dropout.
 
-        Context parallelism and expert parallelism are off as well.
+        Context parallelism, expert parallelism and the prediction of further tokens are off as well.
         """
         return self.replace(
             zero_optimization={"stage": 0},
@@ -171,6 +171,7 @@ class Config:
             moe_eval_capacity_factor=None,
             hidden_dropout=0.0,
             attention_dropout=0.0,
+            mtp_num_layers=None,
         )
 
 

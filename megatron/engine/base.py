@@ -83,7 +83,7 @@ class BaseEngine(TrainingEngine, ABC):
         more = self.router_losses.take(self.topology, engine.device) if self.router_losses is not None else {}
         if self.loss_parts is not None:
             parts = self.loss_parts.take(self.topology, engine.device)
-            loss, more = loss - sum(parts.values()), {**more, **parts}
+            loss, more = loss - self.loss_parts.factor * sum(parts.values()), {**more, **parts}
         clip = getattr(optimizer_state.inner_optimizer(engine.optimizer), "clip", None)
         if clip is not None:
             more = {**more, **clip.measured()}

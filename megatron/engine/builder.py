@@ -46,7 +46,7 @@ from megatron.engine.expert_gather import local_experts
 from megatron.engine.fp8 import use_fp8
 from megatron.engine.freeze import allow_empty_grad_norm, freeze, optimizer_parameters, start_prompt
 from megatron.engine.inference_engine import InferenceEngine, build_stage, pack
-from megatron.engine.loss_setup import loss_function, loss_parts, router_losses
+from megatron.engine.loss_setup import further_losses, loss_function, loss_parts, router_losses
 from megatron.engine.muon_step import MuonStep
 from megatron.engine.outlier_steps import outlier_steps
 from megatron.engine.pipeline_engine import PipelinedEngine
@@ -124,7 +124,7 @@ def build_training_engine(
     """
     silence_deepspeed()
     random = TensorParallelRNG(config.training.seed, topology.rank, device())
-    losses, parts = router_losses(config.moe), loss_parts(config.model.bert_binary_head)
+    losses, parts = router_losses(config.moe), loss_parts(config.model)
     layout = pipe_layout(config)
     later = WeightGradients() if layout.schedule in SPLIT else None
     layer_specs = _layer_specs(config, topology, padded_vocab_size, random, vocab_size, losses, later, parts)
@@ -139,7 +139,7 @@ def build_training_engine(
         parameters = model.keyed_parameters()
         layers = model.layer_range
     else:
-        model = SequentialModel(layer_specs, recompute).to(device())
+        model = SequentialModel(layer_specs, recompute, further_losses(config.model, parts)).to(device())
         parameters = keyed_parameters(model)
         layers = range(len(layer_specs))
     use_transformer_engine(config.transformer_engine, model, topology, selective_recompute(config.recompute))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from megatron.config.schema.model import ModelSection
 from megatron.config.schema.moe import MoeSection
 from megatron.distributed.mesh import Axis
 from megatron.model.loss_function import LossFunction
 from megatron.model.loss_parts import LossParts
 from megatron.model.moe.losses import RouterLossTracker
+from megatron.model.multi_token import FurtherLosses, part_name
 from megatron.registry import OBJECTIVES
 
 
@@ -27,6 +29,14 @@ def loss_function(train_impl: str, axis: Axis, vocab_size: int | None, *, fused:
     return LossFunction(OBJECTIVES.load(train_impl)(), axis, vocab_size, fused=fused)
 
 
-def loss_parts(binary_head: bool | None) -> LossParts | None:
-    """Returns what collects losses beside that of tokens; None for a model without a binary head."""
-    return LossParts() if binary_head else None
+def loss_parts(model: ModelSection) -> LossParts | None:
+    """Returns what collects losses beside that of tokens; None for a model that has none."""
+    depths = model.mtp_num_layers or 0
+    if depths:
+        return LossParts(tuple(map(part_name, range(1, depths + 1))), model.mtp_loss_scaling_factor / depths)
+    return LossParts() if model.bert_binary_head else None
+
+
+def further_losses(model: ModelSection, parts: LossParts | None) -> FurtherLosses | None:
+    """Returns the losses of modules that predict further tokens; None for a model without them. parts: as above."""
+    return FurtherLosses(model.mtp_loss_scaling_factor, parts) if model.mtp_num_layers else None

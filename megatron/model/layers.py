@@ -6,6 +6,7 @@
 - L+2 identity
 - L+3 final norm
 - L+4 output layer, tied or with a matrix of its own; with further layers before it in a masked language model
+- L+5 .. modules that predict further tokens, in training
 
 A LayerSpec only describes how to build its layer, so a pipeline stage builds its own layers and no others. Everything
 that can be decided once (which norm, which kernel, which initialization) is decided here.
@@ -51,6 +52,7 @@ from megatron.model.model_spec import ModelSpec
 from megatron.model.moe.layer import MoEConfig
 from megatron.model.moe.losses import RouterLossTracker
 from megatron.model.moe.router import RouterOptions
+from megatron.model.multi_token import FurtherToken
 from megatron.model.norms.across_heads import AcrossHeadsNorm
 from megatron.model.positions.base import AttentionPositions
 from megatron.param_table import FIRST_BLOCK, ModelDims
@@ -106,7 +108,15 @@ def build_layer_specs(spec: ModelSpec) -> list[LayerSpec]:
         LayerSpec(last - 2, Identity),
         _final_norm(spec, blocks, last - 1),
         _output_layer(spec, blocks, last),
+        *(_further_token(spec, blocks, last + depth) for depth in range(1, spec.dims.mtp_layers + 1)),
     ]
+
+
+def _further_token(spec: ModelSpec, blocks: BlockSpec, index: int) -> LayerSpec:
+    """Returns a module that predicts further tokens, with a block as the model's last one."""
+    number = spec.dims.num_layers - 1
+    given = {"block": _block(spec.dims.kind(number), spec.dims, number), "number": number}
+    return LayerSpec(index, FurtherToken, {**given, "spec": blocks, "source": spec.param_factory(index)})
 
 
 def _final_norm(spec: ModelSpec, blocks: BlockSpec, index: int) -> LayerSpec:

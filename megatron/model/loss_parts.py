@@ -1,4 +1,4 @@
-"""Losses beside that of tokens, which are reported apart: of the order of sentences."""
+"""Losses beside that of tokens, which are reported apart: of the order of sentences, of further tokens."""
 
 from __future__ import annotations
 
@@ -14,8 +14,15 @@ ORDER = "sop_loss"
 class LossParts:
     """Sums of the values that the last stage of a rank has computed since they were taken."""
 
-    def __init__(self, names: tuple[str, ...] = (ORDER,)) -> None:
+    def __init__(self, names: tuple[str, ...] = (ORDER,), factor: float = 1.0) -> None:
+        """Begins with nothing.
+
+        Args:
+            names: of the losses.
+            factor: by which each is added to the loss that is minimised.
+        """
         self._names = names
+        self.factor = factor
         self._sums: dict[str, Tensor] = {}
         self._counts = dict.fromkeys(names, 0)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from megatron.param_table.adapters import with_lora
 from megatron.param_table.dims import LatentDims, ModelDims
 from megatron.param_table.mixers import gmlp_block, mamba_block, rwkv_block
@@ -13,6 +15,15 @@ from megatron.registry import POSITIONS
 def block_tensors(dims: ModelDims, block: int) -> list[TensorShape]:
     """Returns the tensors of block ``block`` (from 0), which is layer ``block + 2``."""
     return with_lora(BLOCKS.get(dims.kind(block), attention_block)(dims, block), dims.low_rank)
+
+
+def further_token(dims: ModelDims, layer: int) -> list[TensorShape]:
+    """Returns the tensors of a module that predicts further tokens: norms, a projection, a block as the last one."""
+    table = norm(dims, layer, "enorm") + norm(dims, layer, "hnorm")
+    table += replicated(layer, "eh_proj", dims.hidden_size, 2 * dims.hidden_size, False)
+    block = block_tensors(dims, dims.num_layers - 1)
+    table += [replace(shape, layer=layer, name=f"block.{shape.name}") for shape in block if SHARED not in shape.name]
+    return table + norm(dims, layer, "norm")
 
 
 def attention_block(dims: ModelDims, block: int) -> list[TensorShape]:

@@ -214,6 +214,8 @@ class ModelDims:
     """Widths of blocks without attention."""
     latent: LatentDims | None = None
     """Sizes of multi-head latent attention; None for keys and values of their own."""
+    mtp_layers: int = 0
+    """Modules behind the model that predict further tokens."""
     token_types: int = 0
     """Rows of the embedding of token types."""
     masked_head: bool = False
@@ -274,6 +276,7 @@ class ModelDims:
             mixture=MixtureDims() if moe is None else MixtureDims.of(moe),
             mixers=MixerDims() if mixers is None else MixerDims.of(model, mixers),
             latent=LatentDims.of(model),
+            mtp_layers=getattr(model, "mtp_num_layers", None) or 0,
             token_types=getattr(model, "num_token_types", None) or 0,
             masked_head=getattr(model, "lm_head", None) == MASKED_HEAD,
             binary_head=bool(getattr(model, "bert_binary_head", None)),

@@ -2,7 +2,7 @@
 
 Order and names are those of the public GPT-NeoX checkpoint layout and must not change: layer 0 is the embedding, layers
 1 and L+2 have no parameters, block i is layer i+2, the final norm is layer L+3 and the output layer L+4 (a tied output
-layer has no tensor). Linear weights are [out, in].
+layer has no tensor). Modules that predict further tokens are the layers from L+5 on. Linear weights are [out, in].
 
 Tensor parallelism shards a tensor along ``shard_dim``. A tensor with ``sections`` is a stack of sections along that
 dimension, and each rank has its slice of every section, in order. So a rank of a grouped-query model has
@@ -13,7 +13,7 @@ heads as query heads the QKV rows are interleaved head by head, [q, k, v] for ea
 from __future__ import annotations
 
 from megatron.param_table.adapters import prompt_tensor, with_trained
-from megatron.param_table.blocks import block_tensors
+from megatron.param_table.blocks import block_tensors, further_token
 from megatron.param_table.dims import ModelDims
 from megatron.param_table.parts import masked_head, norm, positions
 from megatron.param_table.tensor import TensorShape
@@ -37,4 +37,6 @@ def tensors(dims: ModelDims, padded_vocab_size: int) -> list[TensorShape]:
     if not dims.tied:
         shape = (padded_vocab_size, dims.hidden_size)
         table.append(TensorShape(dims.num_layers + 4, "final_linear.weight", shape, 0, "head"))
+    for depth in range(dims.mtp_layers):
+        table += further_token(dims, dims.num_layers + 5 + depth)
     return with_trained(table, dims.low_rank, tied=dims.tied)

@@ -7,7 +7,8 @@ the query heads and of the value heads each, counted over the full square as is 
 sliding window or a sparse layout counts the visible fraction of the causal half, and of the experts those of the token.
 A masked language model needs logits of the tokens that it predicts alone, and its pooler reads one token of a sample.
 Mamba and RWKV update and read a state, a gMLP multiplies with a matrix of positions, also counted in full. Source:
-Narayanan et al. 2021, arXiv:2104.04473, appendix; embedding look-ups, norms and activations are left out there too.
+Narayanan et al. 2021, arXiv:2104.04473, appendix; embedding look-ups, norms and activations are left out there too. A
+module that predicts further tokens has a block as the last one, and the output layer once more.
 
 s sequence length.
 """
@@ -50,9 +51,9 @@ def flops_per_iteration(
         sum(tensor.count for tensor in table if tensor.kind == "expert") * dims.mixture.top_k // dims.mixture.experts
     )
     head = "word_embedding" if dims.tied else "head"
-    matrices += round(predicted * sum(tensor.count for tensor in table if tensor.kind == head))
+    matrices += round((predicted + dims.mtp_layers) * sum(tensor.count for tensor in table if tensor.kind == head))
     mixing = 0.0
-    for block in range(dims.num_layers):
+    for block in (*range(dims.num_layers), *[dims.num_layers - 1] * dims.mtp_layers):
         share = 1.0 if shares is None else shares[block]
         mixing += _mixing(dims, block, seq_length) * (1.0 if dims.kind(block) in WITHOUT_ATTENTION else share)
     products = 2 * matrices * (2 if dims.frozen else 3) + 2 * updates * 3

@@ -106,11 +106,18 @@ def make_plan(resolution: Resolution) -> RunPlan:
 def bounds_of(config: Config, table: list[TensorShape]) -> list[int]:
     """Returns the first layer of each pipeline stage, and the number of layers."""
     assert config.model.num_layers
-    classes = layer_classes(config.model.num_layers, tuple(map(str, config.model.attention_config or ())))
+    kinds = tuple(map(str, config.model.attention_config or ()))
+    classes = layer_classes(config.model.num_layers, kinds, config.model.mtp_num_layers or 0)
     counts = [0] * len(classes)
     for tensor in table:
         counts[tensor.layer] += tensor.count
     return stage_bounds(config.parallelism.pipe_partition_method, classes, counts, pipe_layout(config).stages)
+
+
+def _blocks(dims: ModelDims, first: int, end: int) -> list[int]:
+    """Returns the blocks of a stage of layers first .. end - 1; modules that predict further tokens have one each."""
+    blocks = list(range(max(first, 2) - 2, min(end - 2, dims.num_layers)))
+    return blocks + ([dims.num_layers - 1] * dims.mtp_layers if end > dims.num_layers + 4 else [])
 
 
 def memory_of(config: Config, table: list[TensorShape], padded_vocab_size: int, bounds: list[int]) -> Memory:
@@ -152,7 +159,7 @@ def memory_of(config: Config, table: list[TensorShape], padded_vocab_size: int, 
             stage_activations(
                 dims,
                 activations,
-                blocks=range(max(bounds[stage], 2) - 2, min(bounds[stage + 1] - 2, model.num_layers)),
+                blocks=_blocks(dims, bounds[stage], bounds[stage + 1]),
                 under_way=flying[stage],
                 padded_vocab_size=padded_vocab_size if stage == layout.stages - 1 else None,
                 pipelined=layout.stages > 1,

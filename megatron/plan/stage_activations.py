@@ -41,6 +41,9 @@ def stage_activations(
     boundary = int(full * layout.saved_fraction)
     group = min(layout.recompute, len(sizes))
     head = 0 if padded_vocab_size is None else head_activations(dims, predicted, padded_vocab_size)
+    if padded_vocab_size is not None and dims.mtp_layers:  # embedding, both norms' outputs side by side, what they join
+        joined = layout.residual_tokens * 5 * dims.hidden_size * layout.width
+        head += dims.mtp_layers * (head + joined)
     if layout.first_only:
         saved = group * boundary + sum(sizes[group:])
         repeated = group * boundary + max(sizes[:group], default=0)  # by then the others have been backpropagated

@@ -28,6 +28,7 @@ WHERE_IT_MATTERS: dict[str, tuple[Any, dict[str, Any] | None]] = {
     **{key: (True, {"attention_config": ["global", "flash"]}) for key in SOFTMAX_KEYS},
     "sliding_window_width": (8, {"attention_config": ["global", "global"]}),
     "gpt_j_tied": (True, {"gpt_j_residual": True}),
+    "mtp_loss_scaling_factor": (0.3, {"mtp_num_layers": 1, "pos_emb": "rotary", "pipe_parallel_size": 0}),
     "q_lora_rank": (8, {"multi_latent_attention": True, "pos_emb": "rotary"}),
     "kv_lora_rank": (8, {"multi_latent_attention": True, "pos_emb": "rotary"}),
     "qk_head_dim": (8, {"multi_latent_attention": True, "pos_emb": "rotary"}),
@@ -224,7 +225,7 @@ EVERY_RUN = frozenset(
     sinks fused_linear_cross_entropy kernels bias_gelu_fusion bias_dropout_fusion rope_fusion layernorm_fusion
     rmsnorm_fusion use_flashattn_swiglu
     num_layers hidden_size num_attention_heads num_kv_heads kv_channels seq_length max_position_embeddings
-    multi_latent_attention attention_mask lm_head bert_binary_head num_token_types
+    multi_latent_attention mtp_num_layers attention_mask lm_head bert_binary_head num_token_types
     encoder_num_layers decoder_num_layers encoder_seq_length decoder_seq_length
     intermediate_size expansion_factor mlp_multiple_of activation norm norm_placement use_qk_layernorm
     use_bias_in_norms final_logit_softcapping scale_embeddings embedding_multiplier residual_multiplier logit_scale

@@ -152,9 +152,12 @@ DEEPSEEK_V3 = ModelFamily(
     table_of=lambda theirs: (NAMES_PAIRED if theirs["rope_interleave"] else NAMES_HALVES).table,
     spare=(".rotary_emb.inv_freq",),
     spare_blocks=True,
-    parts=frozenset({_LATENT}),
+    parts=frozenset({_LATENT, "mtp_num_layers"}),
     prefix="model.",
-    experts=ExpertsMapping(lambda model, moe: balanced_misfits(model, moe, "DeepSeek-V3"), balanced_config),
+    experts=ExpertsMapping(
+        lambda model, moe: balanced_misfits(model, moe, "DeepSeek-V3"),
+        lambda model, moe: balanced_config(model, moe) | {"num_nextn_predict_layers": model.mtp_num_layers or 0},
+    ),
 )
 
 

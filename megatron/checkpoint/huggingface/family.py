@@ -32,6 +32,7 @@ PARTS: Mapping[str, object] = {
     "logit_scale": 1.0,
     "layer_types": None,
     "multi_latent_attention": False,
+    "mtp_num_layers": None,
 }
 """Keys of parts that few families have -> the value of all others."""
 QKV_BIAS = "add_qkv_bias"

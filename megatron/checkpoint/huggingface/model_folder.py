@@ -33,6 +33,8 @@ UNPACKED = ("gguf",)
 _FETCH_BIN = f"{FETCH}, or the folder's {SINGLE}"
 WRAPPERS = ("_orig_mod.: torch.compile", "module.: DDP and DeepSpeed", "base_model.model.: peft")
 """What programs put before the names of a model that they wrap."""
+SHARED_COPIES = (".embed_tokens.weight", ".shared_head.head.weight")
+"""What blocks that predict further tokens repeat of the model."""
 HEADS = ("lm_head.weight", "embed_out.weight")
 
 Source = Callable[[], Tensor]
@@ -111,7 +113,7 @@ class FolderWeights:
     @staticmethod
     def of(folder: Folder, dims: ModelDims) -> FolderWeights:
         """Pairs the table of the family with the tensors that are there."""
-        named = _named(folder)
+        named = _named(folder, dims.mtp_layers)
         family = folder.family
         rows = (family.table if family.table_of is None else family.table_of(folder.config))(dims)
         _name_tied_embedding(folder, rows, named)
@@ -146,21 +148,25 @@ class FolderWeights:
         return [row.together(parts)]
 
 
-def _named(folder: Folder) -> dict[str, Source]:
+def _named(folder: Folder, further: int) -> dict[str, Source]:
     """Its tensors by full name, without those that hold no weights."""
     prefix = folder.family.prefix
     bare = not any(name.startswith(prefix) for name in folder.tensors)
     return {
         prefix + name if bare else name: source
         for name, source in folder.tensors.items()
-        if not name.endswith(folder.family.spare) and not _is_behind(folder, name)
+        if not name.endswith(folder.family.spare) and not _is_behind(folder, name, further)
     }
 
 
-def _is_behind(folder: Folder, name: str) -> bool:
-    """Whether a tensor is of a block behind the last one, which predicts further tokens."""
+def _is_behind(folder: Folder, name: str, further: int) -> bool:
+    """Whether a tensor is left out of blocks behind the last one, which predict further tokens.
+
+    further: blocks of these that are wanted; their copies of embedding and output layer are not.
+    """
     block = re.search(r"layers\.(\d+)\.", name) if folder.family.spare_blocks else None
-    return block is not None and int(block[1]) >= folder.config["num_hidden_layers"]
+    behind = -1 if block is None else int(block[1]) - folder.config["num_hidden_layers"]
+    return behind >= further or (behind >= 0 and name.endswith(SHARED_COPIES))
 
 
 def _name_tied_embedding(folder: Folder, rows: Sequence[TensorMapping], named: dict[str, Source]) -> None:

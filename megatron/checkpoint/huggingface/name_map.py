@@ -81,7 +81,17 @@ class Names:
         rows += [same(f"{last}.norm.{ours}", f"{self.final_norm}.{theirs}") for ours, theirs in self.norm_values]
         if not dims.tied:
             rows.append(same(f"{last + 1}.final_linear.weight", f"{self.head}.weight"))
+        for depth in range(dims.mtp_layers):
+            rows += self._further_token(dims, f"{last + 2 + depth}.", self.block.format(dims.num_layers + depth))
         return rows
+
+    def _further_token(self, dims: ModelDims, ours: str, theirs: str) -> list[TensorMapping]:
+        """A module that predicts further tokens, as DeepSeek-V3 has it behind its last block."""
+        rows = [same(f"{ours}eh_proj.weight", f"{theirs}eh_proj.weight")]
+        names = {"enorm": "enorm", "hnorm": "hnorm", "norm": "shared_head.norm"}
+        for name, other in names.items():
+            rows += [same(f"{ours}{name}.{mine}", f"{theirs}{other}.{it}") for mine, it in self.norm_values]
+        return rows + self._block(dims, dims.num_layers - 1, f"{ours}block.", theirs)
 
     def _block(self, dims: ModelDims, number: int, ours: str, theirs: str) -> list[TensorMapping]:
         rows = self._norms(dims, ours, theirs) + (self.projections(dims, ours, theirs) if self.projections else [])

@@ -68,6 +68,8 @@ class Checkpoint:
     """The reader's."""
     may_add: bool = False
     """What is trained beside a frozen model may be missing, and starts anew."""
+    output_layer: int = 1 << 30
+    """Layer index of the output layer; behind it are modules that predict further tokens."""
 
     def optimizer(self) -> OptimizerState | None:
         """The stored optimizer state. RunError if it is wanted and not there, ConfigError if it is of another kind."""
@@ -238,6 +240,7 @@ def find_checkpoint(
         validated_in=config.precision.precision if section.checkpoint_validation_with_forward_pass else None,
         optimizer_type=config.optimizer.optimizer_type,
         may_add=section.finetune and not weights_only,
+        output_layer=(config.model.num_layers or 0) + 4,
     )
 
 
@@ -271,7 +274,8 @@ def read_weights(checkpoint: Checkpoint, topology: Topology, requested: Sequence
     missing, unexpected or has another shape.
     """
     stored = checkpoint.weights
-    found, added = stored.keys(), {key_of(shape) for shape in checkpoint.table if _begins_anew(shape)}
+    found = _without_further_tokens(checkpoint, stored.keys())
+    added = {key_of(shape) for shape in checkpoint.table if _begins_anew(shape, checkpoint.output_layer)}
     expected = {key_of(shape) for shape in checkpoint.table}
     unexpected, missing = sorted(found - expected), sorted(expected - found)
     anew = added.intersection(missing) if checkpoint.may_add else set()
@@ -294,9 +298,23 @@ def read_weights(checkpoint: Checkpoint, topology: Topology, requested: Sequence
     return result
 
 
-def _begins_anew(shape: TensorShape) -> bool:
-    """Whether a model that is trained on may get the tensor: adapters, and the biases that balance experts."""
-    return is_adapter_tensor(shape) or shape.kind == "buffer"
+def _without_further_tokens(checkpoint: Checkpoint, found: set[str]) -> set[str]:
+    """The stored tensors, without those of modules that predict further tokens where the model has none."""
+    if any(shape.layer > checkpoint.output_layer for shape in checkpoint.table):
+        return found
+    remaining = {key for key in found if int(key.partition(".")[0]) <= checkpoint.output_layer}
+    if len(remaining) < len(found):
+        left, of = len(found) - len(remaining), "of modules that predict further tokens (mtp_num_layers) are left out"
+        _log.info("%s: %d tensors %s", checkpoint.directory, left, of)
+    return remaining
+
+
+def _begins_anew(shape: TensorShape, output_layer: int) -> bool:
+    """Whether a model that is trained on may get the tensor.
+
+    These are adapters, the biases that balance experts, and modules that predict further tokens.
+    """
+    return is_adapter_tensor(shape) or shape.kind == "buffer" or shape.layer > output_layer
 
 
 def _strangers(unexpected: list[str], missing: list[str], added: set[str], location: str) -> list[ConfigIssue]:

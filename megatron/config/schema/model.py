@@ -142,6 +142,12 @@ class ModelSection(Section):
         64, "Rotated features of a query head, and of the one rotated key of a token.", unit="features"
     )
     v_head_dim: int = key(128, "Features of a value head.", unit="features")
+    mtp_num_layers: int | None = key(
+        None,
+        "Modules behind the model that predict tokens after the next one in training, arXiv:2412.19437 section 2.2.",
+        unit="modules",
+    )
+    mtp_loss_scaling_factor: float = key(0.1, "Weight of the mean of their losses.")
     rotary_save_freqs_buffer: bool = key(False, "Keep the rotary frequencies in checkpoints.")
     rope_scaling: Table | None = key(
         None,

@@ -33,4 +33,9 @@ OF_PARTS: tuple[DependentKeys, ...] = (
         lambda config: config.model.multi_latent_attention,
         "multi_latent_attention is off",
     ),
+    DependentKeys(
+        ("mtp_loss_scaling_factor",),
+        lambda config: config.model.mtp_num_layers is not None,
+        "no module predicts further tokens (mtp_num_layers)",
+    ),
 )

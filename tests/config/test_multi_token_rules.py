@@ -1,0 +1,46 @@
+"""What modules that predict further tokens cannot be combined with, by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from megatron.config import Resources, resolve
+from megatron.errors import ConfigError
+
+KEYS: dict[str, Any] = {
+    "num_layers": 2,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "seq_length": 32,
+    "pos_emb": "rotary",
+    "train_micro_batch_size_per_gpu": 1,
+    "train_iters": 1,
+    "mtp_num_layers": 1,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"mtp_num_layers": 0}, "mtp_num_layers = 0: it must be from 1"),
+        ({"mtp_num_layers": 32}, "mtp_num_layers = 32: it must be from 1"),
+        ({"mtp_loss_scaling_factor": -0.1}, "it cannot be negative"),
+        ({"pipe_parallel_size": 1}, "the last stage of a pipeline has no embeddings of the tokens that follow"),
+        ({"context_parallel_size": 2}, "the tokens that follow are on other ranks"),
+        ({"pos_emb": "learned"}, "a module embeds tokens anew, without positions"),
+        ({"lora": {"rank": 4}}, "a frozen model has no further tokens to learn from"),
+        ({"fused_linear_cross_entropy": False}, "computed together with the output layer"),
+        ({"attention_config": ["global", "mamba"]}, "a module has a block as the last one, which is a mamba"),
+        ({"compile": True}, "the blocks of modules are not compiled"),
+    ],
+)
+def test_what_does_not_fit_is_refused(changes: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        resolve([], {**KEYS, **changes}, Resources(changes.get("context_parallel_size", 1)))
+
+
+def test_generation_does_without_them() -> None:
+    keys = {**KEYS, "pipe_parallel_size": 1, "user_script": "generate.py"}
+    assert resolve([], keys, Resources(1)).config.for_inference().model.mtp_num_layers is None
