@@ -12,7 +12,15 @@ import pytest
 
 from tests.end_to_end.engines import BASE, PIPELINE, TENSOR, Curves, agree, train
 from tests.multi_rank import run_distributed
-from tests.options import ACTIVATION_CASES, ATTENTION_CASES, NORM_CASES, POSITION_CASES, Keys
+from tests.options import (
+    ACTIVATION_CASES,
+    ATTENTION_CASES,
+    LATENT_CASES,
+    LATENTS,
+    NORM_CASES,
+    POSITION_CASES,
+    Keys,
+)
 
 pytestmark = pytest.mark.long
 GROUP = 30
@@ -46,7 +54,8 @@ EXPERTS: Keys = {
     "moe_ffn_hidden_size": 24,
     "moe_shared_expert_intermediate_size": 16,
 }
-FACTORS: dict[str, list[Keys]] = {
+Factors = dict[str, list[Keys]]
+FACTORS: Factors = {
     "positions": [
         {name: value for name, value in case.items() if name != "num_kv_heads"} for case in POSITION_CASES.values()
     ],
@@ -99,59 +108,87 @@ FACTORS: dict[str, list[Keys]] = {
     "recompute": [{}, {"checkpoint_activations": True}, {"recompute_granularity": "selective"}],
     "layout": [TENSOR, PIPELINE],
 }
+_LATENT_KINDS: list[Keys] = [
+    LATENTS,
+    {**LATENTS, "q_lora_rank": 24, "rope_scaling": LATENT_CASES["latents"]["rope_scaling"]},
+    {**LATENTS, "v_head_dim": 24, "use_bias_in_attn_linear": True},
+]
+_AROUND: Factors = {
+    "norm": [{}, {"norm": "rmsnorm"}, {"norm": "layernorm_1p"}, {"norm": "scalenorm"}],
+    **{name: FACTORS[name] for name in ("residual", "factors", "types", "tying", "experts", "dropout", "recompute")},
+    "window": [{}, {"sliding_window_width": 7}],
+    "bounds": FACTORS["bounds"],
+}
+LATENT_FACTORS: Factors = {"latents": _LATENT_KINDS, **_AROUND, "layout": [TENSOR, PIPELINE]}
+FURTHER_FACTORS: Factors = {
+    "further": [{"mtp_num_layers": 1}, {"mtp_num_layers": 2, "mtp_loss_scaling_factor": 0.5}],
+    "attention": [{}, {"num_kv_heads": 2}, {"pos_emb": "alibi"}, {"pos_emb": "rpe"}, *_LATENT_KINDS[1:]],
+    **{name: values for name, values in _AROUND.items() if name not in ("types", "window")},
+    "layout": [TENSOR, {"zero_optimization": {"stage": 3}}],
+}
+TABLES: dict[str, tuple[Factors, int]] = {
+    "all": (FACTORS, 120),
+    "latents": (LATENT_FACTORS, 12),
+    "further tokens": (FURTHER_FACTORS, 12),
+}
+"""Name -> factors, and the least number of configurations that hold their pairs. The last two parts need others."""
 Choice = dict[str, int]
 
 
-def pairs_of(choice: Choice) -> set[tuple[tuple[str, int], tuple[str, int]]]:
+def pairs_of(choice: Choice, factors: Factors) -> set[tuple[tuple[str, int], tuple[str, int]]]:
     """The pairs of settings that a choice holds."""
-    return set(itertools.combinations(((name, choice[name]) for name in FACTORS if name in choice), 2))
+    return set(itertools.combinations(((name, choice[name]) for name in factors if name in choice), 2))
 
 
-def covering() -> list[Choice]:
+def covering(factors: Factors) -> list[Choice]:
     """Choices that hold every pair of settings: each begins with a pair that is missing and adds the most of others."""
-    every = [[(name, at) for at in range(len(values))] for name, values in FACTORS.items()]
+    every = [[(name, at) for at in range(len(values))] for name, values in factors.items()]
     missing = {pair for first, second in itertools.combinations(every, 2) for pair in itertools.product(first, second)}
     chosen: list[Choice] = []
     while missing:
         choice: Choice = dict(min(missing))
-        for name, values in FACTORS.items():
+        for name, values in factors.items():
             if name not in choice:
-                gains = [len(pairs_of({**choice, name: at}) & missing) for at in range(len(values))]
+                gains = [len(pairs_of({**choice, name: at}, factors) & missing) for at in range(len(values))]
                 best = [at for at, gain in enumerate(gains) if gain == max(gains)]
                 choice[name] = best[len(chosen) % len(best)]
         chosen.append(choice)
-        missing -= pairs_of(choice)
+        missing -= pairs_of(choice, factors)
     return chosen
 
 
-CHOICES = covering()
+CHOICES = {table: covering(factors) for table, (factors, _) in TABLES.items()}
+GROUPS = [(table, first) for table, choices in CHOICES.items() for first in range(0, len(choices), GROUP)]
 
 
-def keys_of(choice: Choice) -> Keys:
+def keys_of(choice: Choice, factors: Factors) -> Keys:
     keys = dict(BASE)
-    for name, values in FACTORS.items():
+    for name, values in factors.items():
         if name != "layout":
             keys |= values[choice[name]]
     return keys
 
 
-def test_every_pair_is_held() -> None:
-    held = set().union(*(pairs_of(choice) for choice in CHOICES))
-    sizes = [len(values) for values in FACTORS.values()]
+@pytest.mark.parametrize("table", TABLES)
+def test_every_pair_is_held(table: str) -> None:
+    factors, least = TABLES[table]
+    held = set().union(*(pairs_of(choice, factors) for choice in CHOICES[table]))
+    sizes = [len(values) for values in factors.values()]
     assert len(held) == sum(first * second for first, second in itertools.combinations(sizes, 2))
-    assert len(CHOICES) >= 120
+    assert len(CHOICES[table]) >= least
 
 
-@pytest.mark.parametrize("first", range(0, len(CHOICES), GROUP))
-def test_they_learn_and_layouts_agree(first: int) -> None:
-    group = {str(number): choice for number, choice in enumerate(CHOICES)}
+@pytest.mark.parametrize(("table", "first"), GROUPS)
+def test_they_learn_and_layouts_agree(table: str, first: int) -> None:
+    factors = TABLES[table][0]
+    group = {str(number): choice for number, choice in enumerate(CHOICES[table])}
     group = dict(list(group.items())[first : first + GROUP])
-    cases = {name: keys_of(choice) for name, choice in group.items()}
+    cases = {name: keys_of(choice, factors) for name, choice in group.items()}
     alone: Curves = run_distributed(train, 1, cases, {}, timeout=400)[0]
     for name, curve in alone.items():
         assert all(math.isfinite(loss) for loss, _ in curve), cases[name]
         assert curve[-1][0] < curve[0][0], cases[name]
-    for at, layout in enumerate(FACTORS["layout"]):
+    for at, layout in enumerate(factors["layout"]):
         exact = {
             name: keys
             for name, keys in cases.items()

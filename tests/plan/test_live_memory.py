@@ -49,6 +49,14 @@ UPDATES = {"lora": {"rank": 8, "targets": "all"}}
 BOTH = {"lora": {"rank": 8, "modules_to_save": ["embedding", "head"]}}
 AGAIN = {"checkpoint_activations": True}
 LLAMA = {"norm": "rmsnorm", "activation": "swiglu", "mlp_multiple_of": 8, "num_kv_heads": 2, "use_bias_in_mlp": False}
+LATENTS = {
+    **{key: value for key, value in LLAMA.items() if key != "num_kv_heads"},
+    "multi_latent_attention": True,
+    "kv_lora_rank": 32,
+    "qk_head_dim": 32,
+    "qk_pos_emb_head_dim": 16,
+    "v_head_dim": 32,
+}
 PIPELINE = {"pipe_parallel_size": 2, "gradient_accumulation_steps": 4}
 WAYS: dict[str, tuple[int, dict[str, Any]]] = {
     "groups of 2": (1, {**AGAIN, "checkpoint_num_layers": 2}),
@@ -114,6 +122,11 @@ WAYS: dict[str, tuple[int, dict[str, Any]]] = {
             "model_parallel_size": 2,
         },
     ),
+    "latents": (1, {**LATENTS, "q_lora_rank": 48}),
+    "latents, sequence": (2, {**LATENTS, "model_parallel_size": 2, "sequence_parallel": True}),
+    "latents, core recomputed": (1, {**LATENTS, "recompute_granularity": "selective"}),
+    "further tokens": (1, {"mtp_num_layers": 2}),
+    "further tokens, recomputed": (1, {"mtp_num_layers": 1, **AGAIN}),
     "prompt": (1, {"soft_prompt_tuning": {"num_tokens": 8}}),
 }
 RECOMPUTED = ("one rank, fp32", "data 2, ZeRO 3")
