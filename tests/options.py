@@ -99,6 +99,14 @@ PART_CASES: dict[str, Keys] = {
     },
     "bounds": {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "sliding_window_width": 7},
     "bounds, own output layer": {"final_logit_softcapping": 3.0, "no_weight_tying": True, "pos_emb": "alibi"},
+    "sinks": {"softmax_type": "learnable", "sliding_window_width": 7, "num_kv_heads": 2},
+    "one more term, biased scores": {"softmax_type": "off-by-one", "pos_emb": "alibi", "gpt_j_residual": True},
+    "bounded gates": {
+        "activation": "quick_geglu",
+        "activation_func_clamp_value": 0.02,
+        "glu_linear_offset": 1.0,
+        "mlp_multiple_of": 4,
+    },
     "factors": {
         "scale_embeddings": True,
         "embedding_multiplier": 0.5,

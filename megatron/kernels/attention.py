@@ -100,8 +100,13 @@ def plain_attention(
     if view is not None and view.bias is not None:
         scores = scores + view.scores(*_positions(q.shape[2], k.shape[2], q.device))
     scores = scores.masked_fill(~visible(q.shape[2], k.shape[2], q.device, starts, view), float("-inf"))
-    weights = F.dropout(scores.softmax(-1), dropout, training=dropout > 0)
+    weights = F.dropout(scores.softmax(-1) if view is None else view.softmax(scores), dropout, training=dropout > 0)
     return weights.to(v.dtype) @ v  # [b, n, s, d]
+
+
+def _by_formula(view: AttentionMask) -> bool:
+    """Returns whether scores have a bound or sinks, which torch's scaled_dot_product_attention has not."""
+    return view.softcap is not None or view.sinks is not None
 
 
 def sdpa_attention(
@@ -124,7 +129,7 @@ def sdpa_attention(
     """
     queries, keys = q.shape[2], k.shape[2]
     grouped = q.shape[1] != k.shape[1]
-    if view is not None and (view.bias is not None or view.softcap is not None):  # coarse in low precision
+    if view is not None and (view.bias is not None or _by_formula(view)):  # coarse in low precision
         return plain_attention(q, k, v, dropout, starts, view)
     if starts is None and view is None and (queries == keys or queries == 1):
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=queries > 1, enable_gqa=grouped)
@@ -133,21 +138,21 @@ def sdpa_attention(
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, view: AttentionMask | None = None) -> Tensor:
-    """Attention of cached rows under a given mask; scores with a bound by the plain formula.
+    """Attention of cached rows under a given mask; scores with a bound or sinks by the plain formula.
 
     Args:
         q: Queries [b, n, s, d].
         k: Keys [b, m, keys, d].
         v: Values [b, m, keys, d].
         mask: [b or 1, n or 1, s, keys]; bool shows keys, float is added to the scores.
-        view: Has the bound of the scores, if there is one.
+        view: Has the bound of the scores and the sinks, if there are any.
     """
-    if view is not None and view.softcap is not None:
+    if view is not None and _by_formula(view):
         group = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
         scores = view.capped((q @ k.transpose(-1, -2)).float() / math.sqrt(q.shape[-1]))  # [b, n, s, keys]
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-        return scores.softmax(-1).to(v.dtype) @ v
+        return view.softmax(scores).to(v.dtype) @ v
     mask = mask if mask.dtype == torch.bool else mask.to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
 
@@ -162,7 +167,7 @@ def cpu_attention(
 ) -> Tensor:
     """The compiled kernel, else blocked attention, for full sequences; torch's for cached attention or dropout.
 
-    Scores with a bound take the plain formula.
+    Scores with a bound or sinks take the plain formula.
 
     Args:
         q: Queries [b, n, s, d].
@@ -172,7 +177,7 @@ def cpu_attention(
         starts: The first key that each query may see, [b, s].
         view: Mask besides the causal one.
     """
-    if dropout == 0 and 1 < q.shape[2] == k.shape[2] and (view is None or view.softcap is None):
+    if dropout == 0 and 1 < q.shape[2] == k.shape[2] and not (view and _by_formula(view)):
         if cpp_attention_unavailable(q, k, view) is None:
             return cpp_attention(q, k, v, starts, view)
         return blocked_attention(q, k, v, starts, view)

@@ -123,12 +123,21 @@ class AttentionMask:
     """[n, distances], added to the score of a query and the key at that distance; None adds nothing."""
     slopes: Tensor | None = None
     """fp32 [n], where the bias is exactly -slope * distance, for kernels that compute it themselves."""
+    sinks: Tensor | None = None
+    """[n], a logit of each head that the softmax sums besides the keys, with a value of 0; None for none."""
     softcap: float | None = None
     """Bound of the scores before a bias: softcap * tanh(score / softcap), as in arXiv:2408.00118, section 2."""
 
     def capped(self, scores: Tensor) -> Tensor:
         """Returns the scores within the bound."""
         return scores if self.softcap is None else self.softcap * torch.tanh(scores / self.softcap)
+
+    def softmax(self, scores: Tensor) -> Tensor:
+        """Returns the probabilities of the keys, of masked and biased scores [b, n, s, k]."""
+        if self.sinks is None:
+            return scores.softmax(-1)
+        sinks = self.sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
+        return torch.cat((scores, sinks), dim=-1).softmax(-1)[..., :-1]
 
     def scores(self, queries: Tensor, keys: Tensor) -> Tensor:
         """Returns what is added to the scores: 0 or the bias, and -inf for hidden keys, fp32 [..., n or 1, s, k].
@@ -151,12 +160,14 @@ class AttentionMask:
 def window_for_package(starts: Tensor | None, view: AttentionMask | None) -> int | None:
     """Returns the window size that packages accept, -1 for no window.
 
-    None if they cannot express the mask: document masks, other patterns than a window, biases, bounds of scores.
+    None if they cannot express the mask: document masks, other patterns than a window, biases, bounds of scores, sinks.
     """
     if starts is not None:
         return None
     if view is None:
         return -1
-    if view.bias is not None or view.softcap is not None or not isinstance(view.pattern, Window | None):
+    if any(part is not None for part in (view.bias, view.softcap, view.sinks)) or not isinstance(
+        view.pattern, Window | None
+    ):
         return None
     return -1 if view.pattern is None else view.pattern.width - 1

@@ -18,7 +18,7 @@ from megatron.kernels.cpp_build import library_unavailable, loaded_library
 from megatron.kernels.cpp_call import pointer
 from megatron.kernels.cpu_features import unreadable_memory
 
-GATED = ("geglu", "swiglu", "glu", "reglu")
+GATED = ("geglu", "swiglu", "glu", "reglu", "quick_geglu")
 """The activations that the kernel knows, in its order."""
 
 

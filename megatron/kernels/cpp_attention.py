@@ -41,6 +41,8 @@ def cpp_attention_unavailable(q: Tensor, k: Tensor, view: AttentionMask | None =
         return f"The compiled attention takes heads of a multiple of {_MULTIPLE} features, not {q.shape[-1]}."
     if view is not None and view.softcap is not None:
         return "The compiled attention has no bound of scores (softcap)."
+    if view is not None and view.sinks is not None:
+        return "The compiled attention has no sinks."
     if view is not None and not isinstance(view.pattern, Window | None):
         return "The compiled attention knows windows, and no other pattern."
     if k.shape[0] * k.shape[1] < torch.get_num_threads():

@@ -32,6 +32,7 @@ from megatron.distributed.mesh import Axis, Topology
 from megatron.distributed.partial_grads import mark_partial_grad
 from megatron.distributed.rng_tracker import TensorParallelRNG
 from megatron.distributed.tensor_parallel.lora import LoraSpec
+from megatron.kernels.activations import Activation
 from megatron.kernels.attention_patterns import BlockPattern, MaskPattern, Window
 from megatron.kernels.rotary import RotaryPair
 from megatron.layer_types import options_of_blocks
@@ -48,6 +49,7 @@ from megatron.model.encoder_decoder import (
 )
 from megatron.model.head import FinalNorm, Head, Identity, TiedHead
 from megatron.model.masked_head import MaskedHead
+from megatron.model.mlp.activations import BoundedGate
 from megatron.model.model_spec import ModelSpec
 from megatron.model.moe.layer import MoEConfig
 from megatron.model.moe.losses import RouterLossTracker
@@ -159,7 +161,7 @@ def _block_spec(spec: ModelSpec) -> BlockSpec:
         norm_of=lambda width: norm(width, epsilon, dims.norm_bias),
         norm_of_shard=norm_of_shard,
         positions=_positions(model, dims.rotary_width, kernels.rotary),
-        activation=kernels.activation(model.activation, ACTIVATIONS.load(model.activation)),
+        activation=_activation(model, kernels.activation),
         attention=tuple(_attention(dims, kind, block) for block, kind in enumerate(dims.kinds)),
         mlp=tuple(MLPS.load("moe" if dims.has_experts(block) else "dense") for block in range(dims.num_layers)),
         patterns=_patterns(model, dims.kinds),
@@ -188,6 +190,15 @@ def _block_spec(spec: ModelSpec) -> BlockSpec:
         scales=spec.scales,
         lora_specs=_lora_specs(dims.low_rank, spec.rng),
     )
+
+
+def _activation(model: ModelSection, kernel: Callable[[str, Activation], Activation]) -> Activation:
+    """Returns the activation of MLPs and experts. kernel: (name, formula) -> the activation."""
+    found = kernel(model.activation, ACTIVATIONS.load(model.activation))
+    bound, offset = model.activation_func_clamp_value, model.glu_linear_offset
+    if not ACTIVATIONS.entry(model.activation).gated or (bound is None and offset == 0.0):
+        return found
+    return BoundedGate(found, bound, offset)
 
 
 def _moe_config(moe: MoeSection, topology: Topology, losses: RouterLossTracker | None) -> MoEConfig:

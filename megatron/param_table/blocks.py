@@ -9,7 +9,7 @@ from megatron.param_table.dims import LatentDims, ModelDims
 from megatron.param_table.mixers import gmlp_block, mamba_block, rwkv_block
 from megatron.param_table.parts import FIRST_BLOCK, SHARED, column, norm, positions, replicated, row
 from megatron.param_table.tensor import TensorShape
-from megatron.registry import POSITIONS
+from megatron.registry import LEARNABLE, POSITIONS
 
 
 def block_tensors(dims: ModelDims, block: int) -> list[TensorShape]:
@@ -31,6 +31,8 @@ def attention_block(dims: ModelDims, block: int) -> list[TensorShape]:
     layer = block + 2
     table = norm(dims, layer, "input_layernorm") if dims.norms_before else []
     table += projections(dims, layer) if dims.latent is None else latent_projections(dims, dims.latent, layer)
+    if dims.softmax_type == LEARNABLE:
+        table.append(TensorShape(layer, "attention.sinks", (dims.num_attention_heads,), 0, "bias"))
     if layer == FIRST_BLOCK:
         table += positions(dims, layer, SHARED, POSITIONS.entry(dims.pos_emb).scores)
     table += row(layer, "attention.dense", dims.hidden_size, dims.value_size, dims.attention_bias)
@@ -110,6 +112,8 @@ def experts(dims: ModelDims, layer: int) -> list[TensorShape]:
     mixture, width, hidden = dims.mixture, dims.expert_width, dims.hidden_size
     count = mixture.experts
     table = [TensorShape(layer, "mlp.router.layer.weight", (count, hidden), None, "weight")]
+    if mixture.router_bias:
+        table.append(TensorShape(layer, "mlp.router.layer.bias", (count,), None, "bias"))
     if mixture.correction_bias:
         table.append(TensorShape(layer, "mlp.router.e_score_correction_bias", (count,), None, "buffer"))
     for name in ("w1", "w3", "w2") if dims.gated else ("w1", "w2"):

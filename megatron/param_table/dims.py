@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron.adapter_config import EMBEDDING, HEAD, LowRank, low_rank, prompt_length
 from megatron.expert_blocks import has_experts
-from megatron.registry import ACTIVATIONS, MASKED_HEAD, POSITIONS, WITHOUT_ATTENTION
+from megatron.registry import ACTIVATIONS, MASKED_HEAD, POSITIONS, VANILLA, WITHOUT_ATTENTION
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ class MixtureDims:
     """Inner width of the shared experts together; 0 for none."""
     shared_gate: bool = False
     """Whether the shared experts have a gate."""
+    router_bias: bool = False
+    """Whether the router's logits have a bias."""
     correction_bias: bool = False
     """Whether the router has a bias that balances the experts."""
 
@@ -43,16 +45,17 @@ class MixtureDims:
     def of(cls, moe: Any) -> MixtureDims:
         """Reads an object with the keys of the configuration's moe section."""
         return cls(
-            moe.moe_num_experts,
-            moe.moe_expert_interval,
-            moe.moe_top_k,
-            moe.moe_first_k_dense_replace,
-            tuple(moe.moe_layer_freq or ()),
-            moe.moe_ffn_hidden_size or 0,
-            moe.moe_use_bias_in_experts,
-            moe.moe_shared_expert_intermediate_size or 0,
-            moe.moe_shared_expert_gate,
-            moe.moe_router_enable_expert_bias,
+            experts=moe.moe_num_experts,
+            interval=moe.moe_expert_interval,
+            top_k=moe.moe_top_k,
+            first_dense=moe.moe_first_k_dense_replace,
+            blocks=tuple(moe.moe_layer_freq or ()),
+            width=moe.moe_ffn_hidden_size or 0,
+            bias=moe.moe_use_bias_in_experts,
+            shared_width=moe.moe_shared_expert_intermediate_size or 0,
+            shared_gate=moe.moe_shared_expert_gate,
+            router_bias=getattr(moe, "moe_use_bias_in_router", False),
+            correction_bias=moe.moe_router_enable_expert_bias,
         )
 
     def has_experts(self, block: int) -> bool:
@@ -202,6 +205,8 @@ class ModelDims:
     """Whether queries and keys of each head have a norm each."""
     qk_norm_across: bool = False
     """With qk_norm: whether one norm has the features of all heads."""
+    softmax_type: str = VANILLA
+    """What the softmax of scores sums besides the keys."""
     rpe_buckets: int = 0
     """Rows of the table of relative positions that all blocks share."""
     gpt_j_tied: bool = False
@@ -269,6 +274,7 @@ class ModelDims:
             norm_placement=getattr(model, "norm_placement", "pre"),
             qk_norm=model.use_qk_layernorm,
             qk_norm_across=getattr(model, "qk_layernorm_across_heads", False),
+            softmax_type=getattr(model, "softmax_type", VANILLA),
             rpe_buckets=model.rpe_num_buckets if "rpe_num_buckets" in POSITIONS.entry(model.pos_emb).settings else 0,
             gpt_j_residual=model.gpt_j_residual,
             gpt_j_tied=model.gpt_j_tied,

@@ -14,7 +14,8 @@ from dataclasses import replace
 
 from megatron.config import Config
 from megatron.param_table import FIRST_BLOCK, ModelDims, TensorShape
-from megatron.plan.memory import FP32, ActivationLayout, block_activations
+from megatron.plan.activation_layout import ActivationLayout
+from megatron.plan.memory import FP32, block_activations
 from megatron.registry import POSITIONS
 
 

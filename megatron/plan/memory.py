@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 
 from megatron.output_blocks import rows_of_a_block
 from megatron.param_table import LatentDims, ModelDims
+from megatron.plan.activation_layout import ActivationLayout
 from megatron.plan.latents import core_bytes, latent_bytes
 from megatron.plan.mixers import mixer_activations
 from megatron.registry import ATTENTION, FULL_ATTENTION, NORMS, ONE_PLUS, POSITIONS, WITHOUT_ATTENTION
@@ -115,62 +116,6 @@ def _zero_gradients(count: int, share: int, layout: StateLayout) -> int:
     return sums + max(flat, under_way) + staged
 
 
-@dataclass(frozen=True)
-class ActivationLayout:
-    """Settings that decide the memory of activations."""
-
-    seq_length: int
-    """Sequence length [tokens]."""
-    micro_batch: int
-    """Micro batch size [samples]."""
-    model_parallel_size: int
-    """Tensor parallel degree."""
-    width: int
-    """Bytes of an activation."""
-    recompute: int
-    """Blocks in a recomputed group; 0 for none."""
-    hidden_dropout: bool
-    """Whether masks of hidden dropout are saved."""
-    attention_dropout: bool
-    """Whether masks of attention dropout are saved."""
-    cpu: bool
-    """Whether CPU kernels run, which save other tensors than those of a GPU."""
-    first_only: bool = False
-    """Whether only the first `recompute` blocks of a stage are recomputed, one by one."""
-    selective: bool = False
-    """Whether only the attention core is recomputed."""
-    saved_fraction: float = 1.0
-    """Fraction of a group's input that stays on the device."""
-    context_parallel_size: int = 1
-    """Context parallel degree."""
-    ring_size: int = 1
-    """Members that pass keys and values on; 1 without a ring."""
-    sequence_parallel: bool = False
-    """Whether norms and dropout are sharded by sequence."""
-    shares: tuple[float, ...] = ()
-    """Visible fraction of each block's attention; 1 by default."""
-    fused_scan: bool = False
-    """Whether Mamba's scan is fused."""
-    loss_in_blocks: bool = True
-    """Whether the output layer and the loss are computed in blocks of tokens."""
-    bounded_scores: bool = False
-    """Whether scores have a bound that no kernel of the device computes without saving them."""
-    bounded_logits: bool = False
-    """Whether logits have a bound."""
-    kinds_with_scores: frozenset[str] = frozenset()
-    """Kinds of blocks whose attention saves its probabilities."""
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of this rank."""
-        return self.seq_length * self.micro_batch // self.context_parallel_size
-
-    @property
-    def residual_tokens(self) -> int:
-        """Tokens of this rank between tensor-parallel regions."""
-        return self.tokens // self.model_parallel_size if self.sequence_parallel else self.tokens
-
-
 def block_activations(dims: ModelDims, layout: ActivationLayout, block: int = 0) -> int:
     """Returns the bytes that autograd saves for one block and one micro batch. block: its number."""
     if dims.kind(block) in WITHOUT_ATTENTION:
@@ -240,6 +185,7 @@ def _mlp_width(dims: ModelDims, layout: ActivationLayout, width: int) -> int:
     """Returns the features that an MLP of an inner width saves per token, without its input."""
     inner = width // layout.model_parallel_size
     gated = 3 if layout.cpu else 4  # the compiled kernel saves only its input, of twice the width
+    gated += 2 if layout.bounded_gates else 0  # which then is a copy of the halves
     return ((gated if dims.gated else 2) - (not dims.saves_input("dense_4h_to_h"))) * inner
 
 
@@ -318,7 +264,7 @@ def _core(dims: ModelDims, layout: ActivationLayout, block: int) -> int:
     if dims.kind(block) in layout.kinds_with_scores:
         return tokens * copies * width + squares * width
     compiled = dims.head_dim % COMPILED_HEAD == 0 and ATTENTION.entry(dims.kind(block)).traits >= FULL_ATTENTION
-    if layout.ring_size > 1 or (layout.cpu and compiled):
+    if layout.ring_size > 1 or layout.sinks or (layout.cpu and compiled):
         features = 2 * query + 2 * kv + (query + kv if rotary else 0)
         return tokens * (features * width + FP32 * dims.num_attention_heads // tp)
     if layout.cpu:

@@ -12,19 +12,20 @@ from megatron.config.derived.pipe_layout import pipe_layout
 from megatron.config.derived.zero import REDUCTION_BUCKET
 from megatron.param_table import ModelDims, TensorShape, trainable_tensors
 from megatron.pipe_schedule.timing import in_flight
+from megatron.plan.activation_layout import ActivationLayout
 from megatron.plan.advice import advice
 from megatron.plan.encoder_decoder import two_stack_activations, two_stack_flops
 from megatron.plan.estimates import PlanFigures
 from megatron.plan.flops import flops_per_iteration
 from megatron.plan.kernel_choices import device_of, kernel_figures, kinds_with_scores
-from megatron.plan.memory import ActivationLayout, Memory, StateLayout, state_memory
+from megatron.plan.memory import Memory, StateLayout, state_memory
 from megatron.plan.parameter_counts import model_tensors, on_rank, split_experts, total, unsupported_reason
 from megatron.plan.schedule import schedule_figures
 from megatron.plan.stage_activations import stage_activations
 from megatron.plan.stages import stage_bounds
 from megatron.plan.text_report import plan_text
 from megatron.plan.vocabulary import find_vocabulary
-from megatron.registry import EIGHT_BIT, OPTIMIZERS
+from megatron.registry import ACTIVATIONS, EIGHT_BIT, OPTIMIZERS, VANILLA
 
 WIDTHS = {"fp32": 4, "bfloat16": 2, "fp16": 2, "bf16": 2}
 
@@ -265,7 +266,10 @@ def activation_layout(config: Config) -> ActivationLayout:
         and axes.context_parallel_size == 1
         and (config.kernels.mamba_selective_scan_fusion or config.kernels.mamba_inner_func_fusion),
         loss_in_blocks=config.kernels.fused_linear_cross_entropy,
-        bounded_scores=on_cpu and model.attn_logit_softcapping is not None,
+        bounded_scores=model.attn_logit_softcapping is not None and (on_cpu or model.softmax_type != VANILLA),
         bounded_logits=model.final_logit_softcapping is not None,
+        sinks=model.softmax_type != VANILLA,
+        bounded_gates=ACTIVATIONS.entry(model.activation).gated
+        and (model.activation_func_clamp_value is not None or model.glu_linear_offset != 0.0),
         kinds_with_scores=kinds_with_scores(config, device),
     )

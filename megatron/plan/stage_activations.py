@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from megatron.param_table import ModelDims
-from megatron.plan.memory import ActivationLayout, block_activations, head_activations, ring_buffers
+from megatron.plan.activation_layout import ActivationLayout
+from megatron.plan.memory import block_activations, head_activations, ring_buffers
 
 
 def stage_activations(

@@ -36,6 +36,8 @@ FOR_CPUS = frozenset({"for CPUs"})
 """Trait of a backend that is no candidate on GPUs."""
 ENCODES = frozenset({"bidirectional"})
 """Trait of a backend for blocks whose tokens see all of their document; the others are causal."""
+SUMS_SINKS = frozenset({"sinks"})
+"""Trait of a backend whose softmax sums more than the keys; the others sum the keys alone."""
 IN_NO_GRAPH = "torch.compile makes one graph of a block, which cannot hold it"
 
 
@@ -235,6 +237,18 @@ def documents_unavailable(facts: AttentionFacts) -> str | None:
     return IN_NO_GRAPH if facts.kernels.compiled else None
 
 
+def sinks_unavailable(facts: AttentionFacts) -> str | None:
+    """Returns the reason why attention with sinks cannot serve, or None."""
+    return IN_NO_GRAPH if facts.kernels.compiled else None
+
+
+def _softmax(entry: AttentionEntry, facts: AttentionFacts) -> str | None:
+    """Returns the reason of a backend whose softmax sums other terms."""
+    if facts.sinks == (entry.traits >= SUMS_SINKS):
+        return None
+    return "its softmax sums the keys alone (softmax_type)" if facts.sinks else "its softmax sums more than the keys"
+
+
 def _direction(entry: AttentionEntry, facts: AttentionFacts) -> str | None:
     """Returns the reason of a backend for the other kind of mask."""
     if facts.causal == (entry.traits >= ENCODES):
@@ -255,6 +269,13 @@ ATTENTION_BACKENDS: tuple[AttentionEntry, ...] = (
         unavailable=softmax_unavailable,
         keys=SOFTMAX_KEYS,
         traits=SCORES_IN_MEMORY,
+    ),
+    AttentionEntry(
+        "sinks",
+        "megatron.kernels.sink_attention:sink_attention",
+        "A logit of each head besides the keys; sums by the blocks for CPUs or torch's flash attention",
+        unavailable=sinks_unavailable,
+        traits=SUMS_SINKS,
     ),
     AttentionEntry("cudnn", f"{_TORCHES}:cudnn_attention", "cuDNN's, in torch", unavailable=cudnn_unavailable),
     AttentionEntry(
@@ -343,7 +364,7 @@ def choose_backend(facts: AttentionFacts, mode: str = "auto", asked: Collection[
     rejected: dict[str, str] = {}
     missing: dict[str, str] = {}
     for entry in dict.fromkeys([*by_key, *by_kind, *allowed]):
-        reason = _direction(entry, facts) or entry.unavailable(facts)
+        reason = _direction(entry, facts) or _softmax(entry, facts) or entry.unavailable(facts)
         if reason is None:
             return KernelChoice(f"attention ({facts.kind})", entry, rejected, missing)
         rejected[entry.name] = reason

@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from megatron.registry.kernels import KernelFacts
-from megatron.registry.model import ATTENTION, CAUSAL, FULL_ATTENTION, LINEAR_BIAS, POSITIONS
+from megatron.registry.model import ATTENTION, CAUSAL, FULL_ATTENTION, LINEAR_BIAS, POSITIONS, VANILLA
 
 GLOBAL, FLASH = "global", "flash"
 Capability = tuple[int, int]
@@ -46,6 +46,8 @@ class AttentionFacts:
     """Whether tokens see earlier ones only."""
     softcap: bool = False
     """Whether the scores have a bound."""
+    sinks: bool = False
+    """Whether the softmax sums more than the keys."""
     dropout: bool = False
     """Whether training drops probabilities."""
     deterministic: bool = False
@@ -90,6 +92,7 @@ class AttentionFacts:
             documents=documents,
             causal=getattr(model, "attention_mask", CAUSAL) == CAUSAL,
             softcap=model.attn_logit_softcapping is not None,
+            sinks=model.softmax_type != VANILLA,
             dropout=model.attention_dropout > 0,
             deterministic=deterministic,
         )

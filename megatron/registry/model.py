@@ -156,6 +156,12 @@ ACTIVATIONS = Registry(
             in_transformer_engine="gelu",
         ),
         ActivationEntry(
+            "quick_gelu",
+            "megatron.model.mlp.activations:quick_gelu",
+            "x * sigmoid(1.702 x), near gelu, as in CLIP",
+            in_transformer_engine="qgelu",
+        ),
+        ActivationEntry(
             "relu", "megatron.model.mlp.activations:relu", "Rectified linear unit", in_transformer_engine="relu"
         ),
         ActivationEntry(
@@ -188,6 +194,12 @@ ACTIVATIONS = Registry(
             "Gated by gelu's tanh formula, as in Gemma",
             gated=True,
         ),
+        ActivationEntry(
+            "quick_geglu",
+            "megatron.model.mlp.activations:quick_geglu",
+            "Gated by quick_gelu, as in GPT-OSS",
+            gated=True,
+        ),
         ActivationEntry("reglu", "megatron.model.mlp.activations:reglu", "Gated by relu, arXiv:2002.05202", gated=True),
         ActivationEntry("glu", "megatron.model.mlp.activations:glu", "Gated by sigmoid, arXiv:1612.08083", gated=True),
         ActivationEntry(
@@ -199,6 +211,8 @@ ACTIVATIONS = Registry(
     ],
 )
 
+VANILLA, OFF_BY_ONE, LEARNABLE = "vanilla", "off-by-one", "learnable"
+"""Values of softmax_type: what the softmax of scores sums besides the keys."""
 CAUSAL, BIDIRECTIONAL = "causal", "bidirectional"
 """Values of attention_mask: tokens see earlier ones, or all of their document."""
 LINEAR_HEAD, MASKED_HEAD = "linear", "masked"

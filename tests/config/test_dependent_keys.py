@@ -37,6 +37,9 @@ WHERE_IT_MATTERS: dict[str, tuple[Any, dict[str, Any] | None]] = {
     "qk_layernorm_across_heads": (True, {"use_qk_layernorm": True, "norm": "rmsnorm"}),
     "layer_type_options": ({"a": {}}, {"layer_types": ["a", "a"]}),
     "add_qkv_bias": (False, {"attention_config": ["global", "global"]}),
+    "softmax_type": ("off-by-one", {"attention_config": ["global", "global"]}),
+    "activation_func_clamp_value": (7.0, {"activation": "swiglu"}),
+    "glu_linear_offset": (1.0, {"activation": "swiglu"}),
     "softmax_scale": (0.1, {"attention_config": ["global", "global"]}),
     "attn_logit_softcapping": (5.0, {"attention_config": ["global", "global"]}),
     "layer_types": (["a", "a"], {"layer_type_options": {"a": {}}}),
@@ -72,6 +75,7 @@ WHERE_IT_MATTERS: dict[str, tuple[Any, dict[str, Any] | None]] = {
     "moe_layer_freq": ([0, 1], EXPERTS),
     "moe_ffn_hidden_size": (64, EXPERTS),
     "moe_use_bias_in_experts": (True, EXPERTS),
+    "moe_use_bias_in_router": (True, EXPERTS),
     "moe_shared_expert_intermediate_size": (64, EXPERTS),
     "moe_shared_expert_gate": (True, {**EXPERTS, "moe_shared_expert_intermediate_size": 64}),
     "moe_router_score_function": ("sigmoid", TOPK),
@@ -207,7 +211,7 @@ WHERE_IT_DOES_NOT: dict[str, dict[str, Any]] = {
     "use_apex_adam": {"optimizer": {"type": "lion", "params": {"lr": 1e-4}}},
     **{
         key: {"attention_config": ["mamba", "mamba"]}
-        for key in ("add_qkv_bias", "softmax_scale", "attn_logit_softcapping")
+        for key in ("add_qkv_bias", "softmax_scale", "softmax_type", "attn_logit_softcapping")
     },
     "layer_types": {"attention_config": ["mamba", "mamba"], "layer_type_options": {"a": {}}},
     "layernorm_epsilon": {"norm": "rmsnorm"},

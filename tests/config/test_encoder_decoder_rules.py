@@ -36,6 +36,7 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"multi_latent_attention": True, "pos_emb": "rotary"}, "its cross attention has keys and values of heads"),
     ({"use_qk_layernorm": True}, "its cross attention has no such option"),
     ({"norm_placement": "output"}, "its three norms are before attention, cross attention and MLP"),
+    ({"softmax_type": "off-by-one"}, "its encoder sums the keys alone"),
     ({"gpt_j_residual": True}, "cross attention follows attention, and the MLP both"),
     ({"num_token_types": 2}, "its samples have no segments"),
     ({"lora": {"rank": 4}}, "adapters are trained beside a causal model"),

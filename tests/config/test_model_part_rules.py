@@ -16,6 +16,7 @@ def typed(**options: Any) -> dict[str, Any]:
     return {**ROTARY, "layer_types": ["a", "a"], "layer_type_options": {"a": options}}
 
 
+SINKS = {"softmax_type": "learnable"}
 CASES: list[tuple[int, dict[str, Any], str]] = [
     (1, {"norm_placement": "sandwich", "gpt_j_residual": True}, "attention and MLP are added together, before a norm"),
     (1, {"norm_placement": "output", "attention_config": ["mamba", "global"]}, "blocks of kind mamba have norms of"),
@@ -34,6 +35,28 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
     (1, {"residual_multiplier": 0.0}, "residual_multiplier = 0.0: it must be a number other than 0"),
     (1, {"attn_logit_softcapping": 5.0, "te_mha": True}, "attention (te_mha) has no bound of scores; leave te_mha out"),
     (2, {**RINGS, "attn_logit_softcapping": 5.0}, "(context_parallel_method: ring) has no such bound of scores"),
+    (
+        1,
+        {"activation_func_clamp_value": 0.0, "activation": "swiglu"},
+        "activation_func_clamp_value = 0.0: it must be a",
+    ),
+    (1, {**SINKS, "te_mha": True}, "softmax_type is learnable: Transformer Engine's attention sums the keys alone"),
+    (1, {**SINKS, "compile": True}, "compile = True: softmax_type is learnable: its core is no part of a compiled gr"),
+    (
+        1,
+        {**SINKS, "train_impl": "bert"},
+        "attention_mask = 'bidirectional': softmax_type is learnable: it is built",
+    ),
+    (
+        1,
+        {**SINKS, "scaled_masked_softmax_fusion": True},
+        "scaled_masked_softmax_fusion = True: softmax_type is learnable: Triton's softmax sums the keys alone",
+    ),
+    (
+        1,
+        {**SINKS, "multi_latent_attention": True, "pos_emb": "rotary"},
+        "multi_latent_attention = True: softmax_type is learnable: latent attention sums the keys alone",
+    ),
     (1, {"layer_types": ["sliding"]}, "layer_types = ['sliding']: this makes 1 block, but num_layers = 2"),
     (
         1,

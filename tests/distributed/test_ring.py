@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -35,6 +35,7 @@ class Case:
     sparse: bool = False
     alibi: bool = False
     learned: bool = False
+    sinks: bool = False
     dtype: torch.dtype = torch.float64
     ulysses: int = 1
     zigzag: bool = True
@@ -48,6 +49,9 @@ class Case:
             return fixed(self.heads, LENGTH, seed=11)
         slopes = torch.tensor([2.0**-head for head in range(self.heads)], dtype=torch.float64)
         return -slopes[:, None] * torch.arange(LENGTH) if self.alibi else None
+
+    def logits(self) -> Tensor | None:
+        return fixed(self.heads, seed=13) if self.sinks else None
 
     def pattern(self, heads: range) -> MaskPattern | None:
         if self.sparse:
@@ -68,6 +72,7 @@ CASES = {
     "ALiBi": Case(alibi=True, kv_heads=2),
     "learned bias": Case(learned=True, documents=True),
     "all": Case(kv_heads=2, documents=True, window=20, alibi=True),
+    "sinks": Case(kv_heads=2, documents=True, window=20, sinks=True),
     "fp32": Case(kv_heads=2, documents=True, window=20, alibi=True, dtype=torch.float32),
     "bf16": Case(kv_heads=2, documents=True, dtype=torch.bfloat16),
 }
@@ -91,10 +96,10 @@ def inputs(case: Case) -> list[Tensor]:
 
 
 def expected(case: Case) -> list[Tensor]:
-    """The result, and the gradients of queries, keys, values and the bias, by the formula in float64."""
+    """The result, and the gradients of queries, keys, values, the bias and the sinks, by the formula in float64."""
     q, k, v, grad = (x.double() for x in inputs(case))
-    bias = case.bias()
-    leaves = [x.requires_grad_() for x in (q, k, v, *([bias] if bias is not None else []))]
+    bias, sinks = case.bias(), case.logits()
+    leaves = [x.requires_grad_() for x in (q, k, v, *(one for one in (bias, sinks) if one is not None))]
     group = case.heads // case.kv_heads
     at = torch.arange(LENGTH)
     scores = q @ k.repeat_interleave(group, 1).transpose(-1, -2) / math.sqrt(SIZE)
@@ -106,7 +111,13 @@ def expected(case: Case) -> list[Tensor]:
         seen = seen & (at >= starts[:, None, :, None])
     if pattern is not None:
         seen = seen & pattern.sees(at[None, :, None], at[None, None])
-    out = scores.masked_fill(~seen, -math.inf).softmax(-1) @ v.repeat_interleave(group, 1)
+    scores = scores.masked_fill(~seen, -math.inf)
+    if sinks is not None:
+        column = sinks[:, None, None].expand(*scores.shape[:-1], 1)
+        weights = torch.cat((scores, column), -1).softmax(-1)[..., :-1]
+    else:
+        weights = scores.softmax(-1)
+    out = weights @ v.repeat_interleave(group, 1)
     out.backward(grad)
     return [out.detach(), *(leaf.grad for leaf in leaves)]
 
@@ -130,6 +141,10 @@ def attended(rank: int, size: int, case: Case) -> list[Tensor]:
     if bias is not None:
         leaves.append(bias.to(torch.promote_types(case.dtype, torch.float32)).requires_grad_(case.learned))
         view = AttentionMask(case.pattern(core), leaves[-1][core.start : core.stop])
+    sinks = case.logits()
+    if sinks is not None:
+        leaves.append(sinks.requires_grad_())
+        view = replace(view, sinks=leaves[-1][core.start : core.stop])
     exchanged = (all_to_all_seq_to_heads(x, shards.ulysses) for x in leaves[:3])
     out = all_to_all_heads_to_seq(ring_attention(*exchanged, shards, case.starts(), view), shards.ulysses)
     out.backward(grad)

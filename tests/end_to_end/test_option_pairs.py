@@ -69,7 +69,12 @@ FACTORS: Factors = {
         {"norm_placement": "output"},
         {"norm_placement": "sandwich"},
     ],
-    "bounds": [{}, {"attn_logit_softcapping": 4.0, "final_logit_softcapping": 6.0}],
+    "bounds": [
+        {},
+        {"attn_logit_softcapping": 4.0, "final_logit_softcapping": 6.0},
+        {"softmax_type": "learnable"},
+        {"softmax_type": "off-by-one"},
+    ],
     "factors": [
         {},
         {"scale_embeddings": True, "residual_multiplier": 0.5, "logit_scale": 0.5, "softmax_scale": 0.2},

@@ -33,6 +33,7 @@ def moe_section(**changes: object) -> Any:
         "moe_layer_freq": None,
         "moe_ffn_hidden_size": None,
         "moe_use_bias_in_experts": False,
+        "moe_use_bias_in_router": False,
         "moe_shared_expert_intermediate_size": None,
         "moe_shared_expert_gate": False,
         "moe_router_score_function": "softmax",

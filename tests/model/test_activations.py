@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron.model.mlp.activations import BoundedGate
 from megatron.registry import ACTIVATIONS
 
 
@@ -18,6 +19,7 @@ def phi(x: Tensor) -> Tensor:
 PLAIN = {
     "gelu": lambda x: x * phi(x),
     "gelu_tanh": lambda x: x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2,
+    "quick_gelu": lambda x: x / (1 + torch.exp(-1.702 * x)),
     "relu": lambda x: x.clamp(min=0),
     "silu": lambda x: x / (1 + torch.exp(-x)),
     "swish": lambda x: x / (1 + torch.exp(-x)),
@@ -29,6 +31,7 @@ GATED = {
     "swiglu": PLAIN["silu"],
     "geglu": PLAIN["gelu"],
     "geglu_tanh": PLAIN["gelu_tanh"],
+    "quick_geglu": PLAIN["quick_gelu"],
     "reglu": PLAIN["relu"],
     "glu": lambda x: 1 / (1 + torch.exp(-x)),
     "bilinear": lambda x: x,
@@ -54,3 +57,16 @@ def test_values_and_gradients(name: str) -> None:
     (actual_grad,) = torch.autograd.grad((actual * weights).sum(), x)
     torch.testing.assert_close(actual, expected)
     torch.testing.assert_close(actual_grad, expected_grad)
+
+
+@pytest.mark.parametrize(("bound", "offset"), [(1.5, 0.0), (None, 1.0), (1.5, 1.0)])
+def test_halves_are_bounded_and_shifted(bound: float | None, offset: float) -> None:
+    """The activated half is bounded from above, the plain half on both sides, and then shifted."""
+    x = torch.linspace(-4, 4, 240, dtype=torch.float64).view(20, 12).requires_grad_()
+    up, gate = x[:, :6], x[:, 6:]
+    if bound is not None:
+        up, gate = up.clamp(-bound, bound), torch.where(gate > bound, bound, gate)
+    expected = (up + offset) * GATED["quick_geglu"](gate)
+    actual = BoundedGate(ACTIVATIONS.load("quick_geglu"), bound, offset)(x)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(out.square().sum(), x)[0] for out in (actual, expected)))

@@ -17,7 +17,8 @@ from megatron.model.model_spec import ModelSpec
 from megatron.model.sequential_model import SequentialModel
 from megatron.objectives.language_model import LanguageModel
 from megatron.param_table import ModelDims, tensors
-from megatron.plan.memory import ActivationLayout, block_activations, head_activations
+from megatron.plan.activation_layout import ActivationLayout
+from megatron.plan.memory import block_activations, head_activations
 
 VOCABULARY, LENGTH, BATCH = 512, 64, 2
 
@@ -67,6 +68,8 @@ CASES: dict[str, dict[str, Any]] = {
     "latents": LATENTS,
     "latents of queries, wide values": {**LATENTS, "q_lora_rank": 48, "v_head_dim": 48},
     "latents, dropout": {**LATENTS, **DROPOUT},
+    "sinks": {**LLAMA, "softmax_type": "learnable", "sliding_window_width": 32},
+    "bounded gates": {**LLAMA, "activation": "quick_geglu", "activation_func_clamp_value": 7.0},
     "dropped updates": {**NEOX, "gpt_j_tied": True, "lora": {"rank": 8, "targets": "all", "dropout": 0.1}},
     "updates, llama": {**LLAMA, "lora": {"rank": 8, "targets": ["dense", "dense_4h_to_h"]}},
     "updates, experts": {**EXPERTS, "lora": {"rank": 8, "targets": ["query_key_value"]}},

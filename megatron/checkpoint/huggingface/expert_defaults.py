@@ -80,6 +80,27 @@ EXPERT_DEFAULTS: Mapping[str, Settings] = {
         "router_aux_loss_coef": 0.01,
         "norm_topk_prob": False,
     },
+    "gpt_oss": _ALL
+    | {
+        "vocab_size": 201088,
+        "hidden_size": 2880,
+        "intermediate_size": 2880,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "rope_theta": 150000,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "attention_bias": True,
+        "sliding_window": 128,
+        "layer_types": None,  # a window in every second block, the first one
+        "swiglu_alpha": 1.702,  # of release 5 on; the values of those before
+        "swiglu_limit": 7.0,
+        "num_experts_per_tok": 4,
+        "num_local_experts": 128,
+        "router_aux_loss_coef": 0.001,
+    },
     "glm4_moe": _ALL
     | {
         "vocab_size": 151552,
@@ -148,6 +169,7 @@ EXPERT_DEFAULTS: Mapping[str, Settings] = {
 """model_type -> key -> the value of its class."""
 EXPERT_ALIASES: Mapping[str, Mapping[str, str]] = {
     "qwen3_moe": {"num_experts": "num_local_experts"},
+    "gpt_oss": {"num_experts": "num_local_experts"},
     "olmoe": {"num_local_experts": "num_experts"},
     "deepseek_v2": {"num_experts": "n_routed_experts"},
     "deepseek_v3": {"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"},

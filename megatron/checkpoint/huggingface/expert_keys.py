@@ -15,6 +15,7 @@ PLAIN: Mapping[str, object] = {
     "moe_layer_freq": None,
     "moe_ffn_hidden_size": None,
     "moe_use_bias_in_experts": False,
+    "moe_use_bias_in_router": False,
     "moe_shared_expert_intermediate_size": None,
     "moe_shared_expert_gate": False,
     "moe_router_score_function": "softmax",

@@ -107,7 +107,9 @@ def export(
     assert {row.ours for row in table} == set(shapes), "the table of a family covers every tensor of its models"
     output.mkdir(parents=True, exist_ok=True)
     held = {key_of(shape): shape for shape in stored.table}
-    promises = [promise for row in table for promise in _promises(stored, held, row, shapes[row.ours], rows, dtype)]
+    promises = [
+        promise for row in table if row.written for promise in _promises(stored, held, row, shapes, rows, dtype)
+    ]
     _write_files(output, promises, largest_file)
     config: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
     config |= family.config(model, rows)
@@ -123,18 +125,34 @@ def _promises(
     stored: StoredModel,
     held: Mapping[str, TensorShape],
     row: TensorMapping,
-    shape: TensorShape,
+    shapes: Mapping[str, TensorShape],
     rows: int,
     asked: torch.dtype | None,
 ) -> Iterator[Promise]:
-    """Their tensors that one of ours turns into. held: our key of each stored tensor. asked: None keeps its type."""
+    """Their tensors that a row of the table turns into.
+
+    Args:
+        stored: The checkpoint.
+        held: Our key -> the stored tensor.
+        row: Of the table.
+        shapes: Our key -> the tensor that the folder describes.
+        rows: Of the embedding.
+        asked: Type of theirs; None keeps that of ours.
+    """
+    shape = shapes[row.ours]
     source = held.get(row.ours)
     if source is None and shape.kind == "head":
         source = held["0.word_embeddings.weight"]
     asked = None if shape.kind == "buffer" else asked  # transformers keeps them in fp32 too
     dtype = asked or _stored_dtype(stored, stored.table[0] if source is None else source)
-    ours = torch.empty(shape.shape, device="meta")
-    for part, theirs in enumerate(row.apart(_without_padding(shape, ours, rows))):
+    ours = _without_padding(shape, torch.empty(shape.shape, device="meta"), rows)
+    if row.joined is not None:
+        made = row.joined(ours, torch.empty(shapes[row.beside].shape, device="meta"))
+        for part, theirs in enumerate(made):
+            make = partial(_make_joined, stored, row, (held[row.ours], held[row.beside]), part, dtype == torch.float32)
+            yield Promise(row.theirs[part], tuple(theirs.shape), dtype, make)
+        return
+    for part, theirs in enumerate(row.apart(ours)):
         if source is None:
             make = partial(_zeros, row, shape, part)
         else:
@@ -160,6 +178,16 @@ def _make(stored: StoredModel, row: TensorMapping, shape: TensorShape, rows: int
     dims = ModelDims.of(stored.model, stored.moe, stored.mixers)
     full = _without_padding(shape, stored.full_tensor(shape, precise=precise), rows)
     return row.apart(fold(shape, full, dims, Multipliers.of(stored.mup, dims)))[part]
+
+
+def _make_joined(
+    stored: StoredModel, row: TensorMapping, shapes: tuple[TensorShape, TensorShape], part: int, precise: bool
+) -> Tensor:
+    assert row.joined is not None
+    dims = ModelDims.of(stored.model, stored.moe, stored.mixers)
+    multipliers = Multipliers.of(stored.mup, dims)
+    ours = (fold(shape, stored.full_tensor(shape, precise=precise), dims, multipliers) for shape in shapes)
+    return row.joined(*ours)[part]
 
 
 def _zeros(row: TensorMapping, shape: TensorShape, part: int) -> Tensor:

@@ -12,6 +12,7 @@ from megatron.checkpoint.huggingface.gemma import GEMMA2, GEMMA3
 from megatron.checkpoint.huggingface.glm4_moe import GLM4_MOE
 from megatron.checkpoint.huggingface.gpt2 import GPT2
 from megatron.checkpoint.huggingface.gpt_neox import GPT_NEOX
+from megatron.checkpoint.huggingface.gpt_oss import GPT_OSS
 from megatron.checkpoint.huggingface.granite import GRANITE
 from megatron.checkpoint.huggingface.llama import LLAMA, MISTRAL, MIXTRAL
 from megatron.checkpoint.huggingface.mamba import MAMBA
@@ -34,7 +35,7 @@ from megatron.registry import BIDIRECTIONAL, CAUSAL, WITHOUT_ATTENTION
 
 EARLIER = (GPT_NEOX, LLAMA, MISTRAL, MIXTRAL, QWEN3, GPT2, OPT, MPT, MAMBA, MEGATRON_BERT, T5)
 LATER = (QWEN2, GEMMA2, GEMMA3, OLMO2, OLMO3, SMOLLM3, PHI3, COHERE2, GRANITE, STARCODER2, NEMOTRON)
-WITH_EXPERTS = (QWEN2_MOE, QWEN3_MOE, OLMOE, GLM4_MOE, DEEPSEEK_V2, DEEPSEEK_V3)
+WITH_EXPERTS = (QWEN2_MOE, QWEN3_MOE, OLMOE, GLM4_MOE, DEEPSEEK_V2, DEEPSEEK_V3, GPT_OSS)
 FAMILIES = {family.name: family for family in (*EARLIER, *LATER, *WITH_EXPERTS)}
 """In the order in which they are tried: a model that several can express keeps the family that it had."""
 

@@ -18,6 +18,7 @@ from megatron.config.schema.model import ModelSection
 from megatron.config.schema.moe import MoeSection
 from megatron.errors import ConfigError, ConfigIssue
 from megatron.param_table import ModelDims
+from megatron.registry import VANILLA
 
 Settings = dict[str, Any]
 PARTS: Mapping[str, object] = {
@@ -33,6 +34,9 @@ PARTS: Mapping[str, object] = {
     "layer_types": None,
     "multi_latent_attention": False,
     "mtp_num_layers": None,
+    "softmax_type": VANILLA,
+    "activation_func_clamp_value": None,
+    "glu_linear_offset": 0.0,
 }
 """Keys of parts that few families have -> the value of all others."""
 QKV_BIAS = "add_qkv_bias"
@@ -55,6 +59,12 @@ class TensorMapping:
     """Their tensors must agree, and ours is any of them."""
     turned: bool = False
     """They keep a matrix as [in, out]."""
+    beside: str = ""
+    """Another tensor of ours that theirs hold too; that one's row says `written: false`."""
+    joined: Callable[[Tensor, Tensor], Sequence[Tensor]] | None = None
+    """With `beside`: ours and that one -> theirs, in place of `apart`."""
+    written: bool = True
+    """Whether an export writes theirs from this row."""
 
 
 @dataclass(frozen=True)

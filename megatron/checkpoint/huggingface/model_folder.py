@@ -19,6 +19,7 @@ from megatron.checkpoint.huggingface import safetensors_format
 from megatron.checkpoint.huggingface.config_defaults import completed
 from megatron.checkpoint.huggingface.families import family_of
 from megatron.checkpoint.huggingface.family import ModelFamily, Settings, TensorMapping
+from megatron.checkpoint.huggingface.mxfp4 import unpacked
 from megatron.checkpoint.huggingface.safetensors_format import FETCH
 from megatron.errors import ConfigError, ConfigIssue, RunError
 from megatron.param_table import ModelDims
@@ -28,8 +29,8 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 OLD_SINGLE, OLD_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 ADAPTER = "adapter_config.json"
-UNPACKED = ("gguf",)
-"""Kinds of quantization that a folder still names although its weights are plain: it was saved after unpacking."""
+UNPACKED = ("gguf", "mxfp4")
+"""Kinds of quantization that a folder names although its weights are plain, or are unpacked when they are read."""
 _FETCH_BIN = f"{FETCH}, or the folder's {SINGLE}"
 WRAPPERS = ("_orig_mod.: torch.compile", "module.: DDP and DeepSpeed", "base_model.model.: peft")
 """What programs put before the names of a model that they wrap."""
@@ -83,7 +84,8 @@ class Folder:
             raise ConfigError.of("this is no object", location=location)
         family = family_of(config, location)
         ConfigError.raise_any(_changes_weights(path, config))
-        return Folder(path, completed(config, family.model_type, location), family, _sources(path, family.spare))
+        sources = unpacked(_sources(path, family.spare))
+        return Folder(path, completed(config, family.model_type, location), family, sources)
 
     def settings(self) -> Settings:
         """The model as our keys."""
@@ -119,12 +121,16 @@ class FolderWeights:
         _name_tied_embedding(folder, rows, named)
         table: Table = {}
         lacked: list[str] = []
+        taken: set[str] = set()
         for row in rows:
             lacking = [name for name in row.theirs if _old_head(name, named) not in named]
             lacked += lacking
             if not lacking:
-                table[row.ours] = (row, tuple(named.pop(_old_head(name, named)) for name in row.theirs))
+                spelt = [_old_head(name, named) for name in row.theirs]
+                table[row.ours] = (row, tuple(named[name] for name in spelt))
+                taken |= set(spelt)  # several rows may read one tensor
         RunError.raise_any(_wrapped(lacked, folder) or [_missing(name, folder) for name in lacked])
+        named = {name: source for name, source in named.items() if name not in taken}
         _compare_rows(folder, table)
         _spare_head(folder, named, table)
         if named:

@@ -14,10 +14,13 @@ from megatron.registry import (
     ATTENTION,
     BIDIRECTIONAL,
     CAUSAL,
+    LEARNABLE,
     LINEAR_HEAD,
     MASKED_HEAD,
     NORMS,
+    OFF_BY_ONE,
     POSITIONS,
+    VANILLA,
 )
 
 
@@ -60,6 +63,10 @@ class ModelSection(Section):
     )
     mlp_multiple_of: int = key(1, "The inner width of the MLP is rounded up to a multiple of this.", unit="features")
     activation: str = key("gelu", "Activation of the MLP; the gated ones use two input matrices.", choices=ACTIVATIONS)
+    activation_func_clamp_value: float | None = key(
+        None, "Bound of both halves in front of a gated activation, of the activated one from above only (GPT-OSS)."
+    )
+    glu_linear_offset: float = key(0.0, "Added to the plain half of a gated activation (GPT-OSS: 1).")
     norm: str = key("layernorm", "Normalisation before attention, before the MLP and at the end.", choices=NORMS)
     layernorm_epsilon: float = key(1.0e-5, "Added to the variance by layernorm.")
     rms_norm_epsilon: float = key(1.0e-8, "Added to the mean square by rmsnorm.")
@@ -114,6 +121,12 @@ class ModelSection(Section):
     )
     attn_logit_softcapping: float | None = key(
         None, "Bound of attention scores: c tanh(score / c), arXiv:2408.00118 section 2."
+    )
+    softmax_type: str = key(
+        VANILLA,
+        "What the softmax of attention scores sums besides the keys: vanilla, nothing; off-by-one, exp(0); learnable, "
+        "exp of a parameter of each head (the sinks of GPT-OSS).",
+        choices=(VANILLA, OFF_BY_ONE, LEARNABLE),
     )
     final_logit_softcapping: float | None = key(None, "Bound of the output layer's logits: c tanh(logit / c).")
     scale_embeddings: bool = key(

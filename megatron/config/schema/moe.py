@@ -24,6 +24,7 @@ class MoeSection(Section):
         None, "Inner width of an expert, as it is; the width of the plain MLP when left out.", unit="features"
     )
     moe_use_bias_in_experts: bool = key(False, "Biases in the experts' projections.")
+    moe_use_bias_in_router: bool = key(False, "A bias of the router's logits, as in GPT-OSS.")
     moe_shared_expert_intermediate_size: int | None = key(
         None, "Inner width of the shared experts together, which every token goes through.", unit="features"
     )

@@ -98,7 +98,7 @@ DEPENDENT: tuple[DependentKeys, ...] = (
     ),
     DependentKeys(("use_apex_adam",), _has_full_adam, "the optimizer is not adam"),
     DependentKeys(
-        ("add_qkv_bias", "softmax_scale", "attn_logit_softcapping", "layer_types"),
+        ("add_qkv_bias", "softmax_scale", "softmax_type", "attn_logit_softcapping", "layer_types"),
         _attends,
         "no block has attention",
     ),
@@ -144,6 +144,7 @@ DEPENDENT: tuple[DependentKeys, ...] = (
             "moe_layer_freq",
             "moe_ffn_hidden_size",
             "moe_use_bias_in_experts",
+            "moe_use_bias_in_router",
             "moe_shared_expert_intermediate_size",
             "moe_shared_expert_gate",
             "moe_router_score_function",

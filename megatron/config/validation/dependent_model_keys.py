@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from megatron.config.config import Config
+from megatron.registry import ACTIVATIONS
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,11 @@ OF_PARTS: tuple[DependentKeys, ...] = (
     DependentKeys(("gpt_j_tied",), lambda config: config.model.gpt_j_residual, "gpt_j_residual is off"),
     DependentKeys(
         ("qk_layernorm_across_heads",), lambda config: config.model.use_qk_layernorm, "use_qk_layernorm is off"
+    ),
+    DependentKeys(
+        ("activation_func_clamp_value", "glu_linear_offset"),
+        lambda config: ACTIVATIONS.entry(config.model.activation).gated,
+        "the activation is not a gated one",
     ),
     DependentKeys(
         ("layer_type_options",), lambda config: config.model.layer_types is not None, "layer_types is left out"

@@ -11,7 +11,7 @@ from megatron.config.derived.encoder import CONVERSION
 from megatron.config.derived.encoder_decoder import FRAME, PARTS, SPANS, usual_spans
 from megatron.config.derived.fill import trains
 from megatron.errors import ConfigIssue
-from megatron.registry import POSITIONS
+from megatron.registry import POSITIONS, VANILLA
 
 RELATIVE = "relative"
 """The positions of an encoder-decoder that no other model has."""
@@ -67,6 +67,8 @@ def _unusable(config: Config) -> Iterator[tuple[str, Any, str]]:
     for name in ("layer_types", "attn_logit_softcapping"):
         if getattr(model, name) is not None:
             yield name, getattr(model, name), "its cross attention has no such option"
+    if model.softmax_type != VANILLA:
+        yield "softmax_type", model.softmax_type, "its encoder sums the keys alone"
     if model.multi_latent_attention:
         yield "multi_latent_attention", True, "its cross attention has keys and values of heads"
     if model.use_qk_layernorm:

@@ -9,9 +9,13 @@ from megatron.config.config import Config
 from megatron.config.validation.positions import scaling_error
 from megatron.errors import ConfigIssue
 from megatron.layer_types import OPTIONS, ROTARY
-from megatron.registry import NORMS, ONE_PLUS, POSITIONS, WITHOUT_ATTENTION, nearest_name
+from megatron.registry import BIDIRECTIONAL, NORMS, ONE_PLUS, POSITIONS, VANILLA, WITHOUT_ATTENTION, nearest_name
+from megatron.registry.attention import SOFTMAX_KEYS
 
-POSITIVE = ("softmax_scale", "attn_logit_softcapping", "final_logit_softcapping", "logit_scale")
+POSITIVE = (
+    *("softmax_scale", "attn_logit_softcapping", "final_logit_softcapping", "logit_scale"),
+    "activation_func_clamp_value",
+)
 NOT_ZERO = ("embedding_multiplier", "residual_multiplier")
 WITH_MUP = {"softmax_scale": None, "scale_embeddings": False, "embedding_multiplier": 1.0, "logit_scale": 1.0}
 """Factors where muP has its own -> the value without one."""
@@ -87,6 +91,24 @@ def bounds_are_computed(config: Config) -> Iterator[ConfigIssue]:
     if bound is not None and config.transformer_engine.te_mha:
         what = "Transformer Engine's attention (te_mha) has no bound of scores"
         yield ConfigIssue(what, key="attn_logit_softcapping", value=bound, hint="leave te_mha out")
+
+
+def sinks_are_computed(config: Config) -> Iterator[ConfigIssue]:
+    """Attention whose softmax sums more than the keys has a core of its own."""
+    model, kernels = config.model, config.kernels
+    if model.softmax_type == VANILLA:
+        return
+    reasons: dict[str, tuple[bool, str]] = {
+        "multi_latent_attention": (model.multi_latent_attention, "latent attention sums the keys alone"),
+        "attention_mask": (model.attention_mask == BIDIRECTIONAL, "it is built for causal models"),
+        "te_mha": (config.transformer_engine.te_mha, "Transformer Engine's attention sums the keys alone"),
+        "compile": (kernels.compile, "its core is no part of a compiled graph"),
+        **{key: (getattr(kernels, key), "Triton's softmax sums the keys alone") for key in SOFTMAX_KEYS},
+    }
+    for key, (applies, why) in reasons.items():
+        if applies:
+            what = f"softmax_type is {model.softmax_type}: {why}"
+            yield ConfigIssue(what, key=key, value=config.flat()[key], hint=f"leave it out, or softmax_type: {VANILLA}")
 
 
 def layer_types_are_known(config: Config) -> Iterator[ConfigIssue]:

@@ -10,12 +10,13 @@ from megatron.config.schema.model import ModelSection
 from megatron.errors import ConfigIssue
 from megatron.registry import POSITIONS, nearest_name
 
+TRUNCATE = "truncate"
 SCALINGS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     "linear": (frozenset({"factor"}), frozenset()),
     "dynamic": (frozenset({"factor", "original_max_position_embeddings"}), frozenset()),
     "yarn": (
         frozenset({"factor", "original_max_position_embeddings"}),
-        frozenset({"beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"}),
+        frozenset({"beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", TRUNCATE}),
     ),
     "llama3": (
         frozenset({"factor", "original_max_position_embeddings"}),
@@ -84,6 +85,10 @@ def scaling_error(scaling: Mapping[str, Any]) -> str | None:
         return f"{kind} needs {', '.join(missing)}"
     for name in (needed | further) & scaling.keys():
         value = scaling[name]
+        if name == TRUNCATE:
+            if not isinstance(value, bool):
+                return f"{name} must be true or false, not {value!r}"
+            continue
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
             return f"{name} must be a number above 0, not {value!r}"
     if scaling["factor"] < 1:

@@ -58,6 +58,7 @@ RULES: tuple[Rule, ...] = (
     model_parts.norms_across_heads_see_all,
     model_parts.factors_are_numbers,
     model_parts.bounds_are_computed,
+    model_parts.sinks_are_computed,
     model_parts.layer_types_are_known,
     latent.latents_have_widths,
     latent.latents_fit_other_parts,

@@ -24,6 +24,7 @@ from megatron.distributed.context_parallel.sequence_shards import SequenceShards
 from megatron.distributed.mesh import Axis
 from megatron.kernels.attention_blocks import Saved, Sight, block_backward, block_forward
 from megatron.kernels.attention_patterns import AttentionMask, MaskPattern
+from megatron.kernels.sink_attention import sink_gradient, with_sinks
 
 
 class _Passing:
@@ -105,7 +106,9 @@ def _merge(out: Tensor, sums: Tensor, more: Tensor, more_sums: Tensor) -> None:
 
 class _RingAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, ring: _Ring) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sinks: Tensor | None, ring: _Ring
+    ) -> Tensor:
         pair = torch.stack((k, v))  # [2, b, m, s, d]
         out, sums = torch.empty(0), torch.empty(0)
         for step in range(ring.axis.size):
@@ -118,14 +121,16 @@ class _RingAttention(torch.autograd.Function):
                 else:
                     _merge(out[:, :, queries], sums[:, :, queries], *found)
             pair = pair if passing is None else passing.wait()
+        if sinks is not None:
+            out, sums = with_sinks(out, sums, sinks)
         out = out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, bias, out, sums)
+        ctx.save_for_backward(q, k, v, bias, sinks, out, sums)
         ctx.ring = ring
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None]:
-        q, k, v, bias, out, sums = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, None]:
+        q, k, v, bias, sinks, out, sums = ctx.saved_tensors
         ring: _Ring = ctx.ring
         saved = Saved(q, sums, grads[0], out)
         grad_q, home = torch.zeros_like(q, dtype=sums.dtype), torch.empty(0)
@@ -146,7 +151,8 @@ class _RingAttention(torch.autograd.Function):
             pair = pair if passing is None else passing.wait()
         grad_k, grad_v = home if behind is None else home.add_(behind.wait())
         of_bias = None if grad_bias is None else grad_bias.to(bias.dtype)
-        return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), of_bias, None
+        of_sinks = None if sinks is None else sink_gradient(saved, sinks)
+        return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), of_bias, of_sinks, None
 
 
 @torch.compiler.disable
@@ -168,7 +174,7 @@ def ring_attention(
         v: values likewise.
         shards: who has which positions.
         starts: first key that each query of the full sequence may see [b, r s]; 0 unless set.
-        view: hides further keys and adds a bias by distance, which gets a gradient.
+        view: hides further keys, and has a bias by distance and sinks, which get gradients.
     """
     if view is not None and view.softcap is not None:
         raise ValueError("ring attention has no bound of scores (softcap)")
@@ -176,5 +182,6 @@ def ring_attention(
     if starts is not None:
         starts = starts[:, shards.ring_positions(length, shards.ring.rank, q.device)]
     ring = _Ring(shards, length, starts, None if view is None else view.pattern)
-    out: Tensor = _RingAttention.apply(q, k, v, None if view is None else view.bias, ring)
+    bias, sinks = (None, None) if view is None else (view.bias, view.sinks)
+    out: Tensor = _RingAttention.apply(q, k, v, bias, sinks, ring)
     return out

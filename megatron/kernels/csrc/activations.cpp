@@ -45,6 +45,11 @@ inline Pair sigmoid(Floats x) {
     return {s, s * (1.0f - s)};
 }
 
+inline Pair quick_gelu(Floats x) {
+    Floats s = logistic(x * 1.702f);
+    return {x * s, s * (x * 1.702f * (1.0f - s) + 1.0f)};
+}
+
 inline Pair relu(Floats x) { return {larger(Floats{}, x), x <= Floats{} ? Floats{} : all(1.0f)}; }
 
 typedef Pair (*Function)(Floats);
@@ -78,7 +83,8 @@ void apply_any(int kind, const T* x, const T* dy, T* out, int64_t rows, int64_t 
         case 0: return apply<gelu>(x, dy, out, rows, width, threads);
         case 1: return apply<silu>(x, dy, out, rows, width, threads);
         case 2: return apply<sigmoid>(x, dy, out, rows, width, threads);
-        default: return apply<relu>(x, dy, out, rows, width, threads);
+        case 3: return apply<relu>(x, dy, out, rows, width, threads);
+        default: return apply<quick_gelu>(x, dy, out, rows, width, threads);
     }
 }
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from megatron.distributed.context_parallel.ring import ring_attention
 from megatron.distributed.context_parallel.ulysses import all_to_all_heads_to_seq, all_to_all_seq_to_heads
-from megatron.distributed.param_init import ParamFactory
+from megatron.distributed.param_init import ParamFactory, zeros
 from megatron.distributed.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megatron.distributed.tensor_parallel.sequence_parallel import Regather
 from megatron.kernels.attention import AttentionKernel
@@ -30,6 +30,7 @@ from megatron.kernels.attention_patterns import AttentionMask
 from megatron.model.block_spec import BlockSpec
 from megatron.model.kv_cache import CacheSlots, KVCache
 from megatron.model.positions.base import document_positions
+from megatron.registry import LEARNABLE, OFF_BY_ONE
 
 
 class SelfAttention(nn.Module):
@@ -60,6 +61,10 @@ class SelfAttention(nn.Module):
         self.rpe = spec.relative_positions
         self.query_factor = spec.multipliers.query * spec.scales.query
         self.softcap = spec.scales.attention_bound
+        self.off_by_one = dims.softmax_type == OFF_BY_ONE
+        self.sinks: nn.Parameter | None = None
+        if dims.softmax_type == LEARNABLE:
+            self.sinks = source.sharded("sinks", (dims.num_attention_heads,), zeros, dim=0)
 
     def inner(
         self,
@@ -121,13 +126,21 @@ class SelfAttention(nn.Module):
 
     def view(self, length: int, device: torch.device) -> AttentionMask | None:
         """Returns the mask and biases for a sequence of that length, or None."""
-        if self.pattern is None and self.rpe is None and self.softcap is None:
+        sinks = self._sinks(device)
+        if self.pattern is None and self.rpe is None and self.softcap is None and sinks is None:
             return None
         if self.rpe is None:
-            return AttentionMask(self.pattern, softcap=self.softcap)
+            return AttentionMask(self.pattern, softcap=self.softcap, sinks=sinks)
         slopes_on: Callable[[torch.device], Tensor] | None = getattr(self.rpe, "slopes_on", None)
         slopes = None if slopes_on is None else slopes_on(device)[self.core_heads]
-        return AttentionMask(self.pattern, self.rpe(length, device)[self.core_heads], slopes, self.softcap)
+        bias = self.rpe(length, device)[self.core_heads]
+        return AttentionMask(self.pattern, bias, slopes, softcap=self.softcap, sinks=sinks)
+
+    def _sinks(self, device: torch.device) -> Tensor | None:
+        """Returns the logits that the softmax of each head of a core sums besides the keys, or None."""
+        if self.off_by_one:
+            return torch.zeros(self.core_heads.stop - self.core_heads.start, device=device)
+        return None if self.sinks is None else self.sinks[self.core_heads]
 
 
 def visible_mask(view: AttentionMask, slots: CacheSlots, length: int, device: torch.device) -> Tensor:

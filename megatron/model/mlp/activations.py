@@ -6,9 +6,15 @@ multiplied by the activated second half, as in the public checkpoint layout.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+QUICK = 1.702
+"""Factor of quick_gelu's sigmoid."""
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -19,6 +25,11 @@ def gelu(x: Tensor) -> Tensor:
 def gelu_tanh(x: Tensor) -> Tensor:
     """Maps to x * (1 + tanh(sqrt(2 / pi) (x + 0.044715 x³))) / 2, which GPT-2 was trained with."""
     return F.gelu(x, approximate="tanh")
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """Maps to x * sigmoid(1.702 x), which is near gelu (arXiv:1606.08415, section 2)."""
+    return x * torch.sigmoid(QUICK * x)
 
 
 def relu(x: Tensor) -> Tensor:
@@ -64,6 +75,12 @@ def geglu_tanh(x: Tensor) -> Tensor:
     return up * F.gelu(gate, approximate="tanh")
 
 
+def quick_geglu(x: Tensor) -> Tensor:
+    """Maps to up * quick_gelu(gate)."""
+    up, gate = x.chunk(2, dim=-1)
+    return up * quick_gelu(gate)
+
+
 def reglu(x: Tensor) -> Tensor:
     """Maps to up * relu(gate)."""
     up, gate = x.chunk(2, dim=-1)
@@ -80,3 +97,22 @@ def bilinear(x: Tensor) -> Tensor:
     """Maps to up * gate."""
     up, gate = x.chunk(2, dim=-1)
     return up * gate
+
+
+@dataclass(frozen=True)
+class BoundedGate:
+    """A gated activation of halves that are bounded, and of a plain half that is shifted, as in GPT-OSS."""
+
+    activation: Callable[[Tensor], Tensor]
+    """[..., 2w] -> [..., w]."""
+    bound: float | None
+    """Largest gate, and largest absolute value of the plain half; None bounds neither."""
+    offset: float
+    """Added to the plain half."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., 2w] -> [..., w]."""
+        up, gate = x.chunk(2, dim=-1)
+        if self.bound is not None:
+            up, gate = up.clamp(-self.bound, self.bound), gate.clamp(max=self.bound)
+        return self.activation(torch.cat((up + self.offset, gate), dim=-1))

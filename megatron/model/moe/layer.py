@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from megatron.distributed.collectives import all_reduced, copy_to
 from megatron.distributed.mesh import Axis
-from megatron.distributed.param_init import ParamFactory
+from megatron.distributed.param_init import ParamFactory, zeros
 from megatron.distributed.tensor_parallel.sequence_parallel import gather_twice, reduce_from_tp
 from megatron.model.block_spec import BlockSpec
 from megatron.model.moe.dispatch import Dispatch
@@ -225,13 +225,17 @@ class RouterLayer(nn.Module):
 
 
 class _Fp32Linear(nn.Module):
-    """A matrix product in fp32 at least: ``weight`` [all experts, h]."""
+    """A linear layer in fp32 at least: ``weight`` [all experts, h], ``bias`` [all experts] or None."""
 
     def __init__(self, spec: BlockSpec, source: ParamFactory) -> None:
         super().__init__()
         shape = (spec.dims.mixture.experts, spec.dims.hidden_size)
         self.weight = source.replicated("weight", shape, spec.init_fn, full_sequence=True)
+        self.bias = (
+            source.replicated("bias", shape[:1], zeros, full_sequence=True) if spec.dims.mixture.router_bias else None
+        )
 
     def forward(self, tokens: Tensor) -> Tensor:
         wide = torch.promote_types(tokens.dtype, torch.float32)
-        return F.linear(tokens.to(wide), self.weight.to(wide))
+        bias = None if self.bias is None else self.bias.to(wide)
+        return F.linear(tokens.to(wide), self.weight.to(wide), bias)

@@ -4,9 +4,9 @@ linear (arXiv:2306.15595): every frequency is divided by `factor`. dynamic (NTK-
 slowest pair reaches `factor` times further than at `original_max_position_embeddings`. It depends on the `seq_length`
 of the run, not on each sequence, so that cached keys keep their angles; a model whose sequences are not longer than
 that is unchanged. yarn (arXiv:2309.00071): fast pairs are unchanged, slow ones are divided by `factor`, those between
-are interpolated; cosines and sines are multiplied by an attention factor, 0.1 ln(factor) + 1 unless set, or the ratio
-of such factors of `mscale` and `mscale_all_dim` (DeepSeek). llama3 (Llama 3.1): the same idea with bounds in
-wavelengths.
+are interpolated, from whole pairs on unless `truncate` is false; cosines and sines are multiplied by an attention
+factor, 0.1 ln(factor) + 1 unless set, or the ratio of such factors of `mscale` and `mscale_all_dim` (DeepSeek). llama3
+(Llama 3.1): the same idea with bounds in wavelengths.
 
 Angles are position * frequency. r: rotated features of a head.
 """
@@ -60,12 +60,15 @@ def _yarn(turned: int, base: float, scaling: Mapping[str, Any], length: int) -> 
         """The pair that turns that often over the original context."""
         return turned * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
 
-    low = max(math.floor(pair_of(scaling.get("beta_fast", 32))), 0)
-    high = min(math.ceil(pair_of(scaling.get("beta_slow", 1))), turned - 1)
+    fast, slow = pair_of(scaling.get("beta_fast", 32)), pair_of(scaling.get("beta_slow", 1))
+    if scaling.get("truncate", True):
+        fast, slow = math.floor(fast), math.ceil(slow)
+    low, high = max(fast, 0), min(slow, turned - 1)
     ramp = (torch.arange(turned // 2, dtype=torch.float32, device="cpu") - low) / max(high - low, 0.001)
-    slow = ramp.clamp(0, 1)
+    scaled_part = ramp.clamp(0, 1)
     plain = frequencies(turned, base)
-    return plain / factor * slow + plain * (1 - slow), scaling.get("attention_factor") or _yarn_attention(scaling)
+    attention = scaling.get("attention_factor") or _yarn_attention(scaling)
+    return plain / factor * scaled_part + plain * (1 - scaled_part), attention
 
 
 def _yarn_attention(scaling: Mapping[str, Any]) -> float:

@@ -90,10 +90,11 @@ def trained(rank: int, world_size: int, cases: dict[str, Case], layout: dict[str
 
 
 def theirs(name: str) -> Found:
-    """The same steps by transformers and torch."""
+    """The same steps by transformers and torch; biases of stacked experts take no weight decay, as all others."""
     model = make(name)
-    matrices = [one for one in model.parameters() if one.dim() > 1]
-    vectors = [one for one in model.parameters() if one.dim() == 1]
+    vectors = [one for called, one in model.named_parameters() if one.dim() == 1 or called.endswith("_bias")]
+    known = set(map(id, vectors))
+    matrices = [one for one in model.parameters() if id(one) not in known]
     groups = [{"params": matrices, "weight_decay": DECAY}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.999), eps=EPSILON)
     losses, norms = [], []

@@ -24,6 +24,8 @@ from transformers import (
     GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
     LlamaConfig,
@@ -223,6 +225,7 @@ MIXTURES: dict[str, Callable[[], PreTrainedModel]] = {
             **_LATENT,
             q_lora_rank=28,
             topk_method="group_limited_greedy",
+            routed_scaling_factor=1.5,  # with 1 two groups of one token have the same score, and rounding chooses
             n_group=4,
             topk_group=2,
             rope_parameters={key: value for key, value in _MSCALES.items() if "mscale" not in key},
@@ -238,6 +241,16 @@ MIXTURES: dict[str, Callable[[], PreTrainedModel]] = {
     ),
     "deepseek_v3, wide values": lambda: DeepseekV3ForCausalLM(
         DeepseekV3Config(**{**_LATENT, "v_head_dim": 24}, q_lora_rank=None, n_group=1, topk_group=1)
+    ),
+    "gpt_oss": lambda: GptOssForCausalLM(
+        GptOssConfig(
+            **_NEW,
+            head_dim=16,
+            num_local_experts=8,
+            num_experts_per_tok=3,
+            sliding_window=6,
+            rope_parameters={**_YARN, "truncate": False},
+        )
     ),
     "glm4_moe, one group, all blocks": lambda: Glm4MoeForCausalLM(Glm4MoeConfig(**_GLM, first_k_dense_replace=0)),
 }

@@ -89,6 +89,17 @@ def deepseek_v3(chance: random.Random, llama: Settings) -> Settings:
     return deepseek(chance, llama) | {"rope_interleave": chance.random() < 0.7}
 
 
+def gpt_oss(chance: random.Random, llama: Settings) -> Settings:
+    found = experts(chance, llama, chance.choice(["num_experts", "num_local_experts"]))
+    del found["moe_intermediate_size"], found["norm_topk_prob"]
+    found |= {"hidden_act": "silu", "sliding_window": chance.choice([4, 1000])}
+    found["swiglu_limit"] = rarely(chance, 3.0, 7.0)
+    if chance.random() < 0.4:
+        kinds = ["sliding_attention", "full_attention"]
+        found["layer_types"] = [chance.choice(kinds) for _ in range(found["num_hidden_layers"])]
+    return found
+
+
 MIXTURES: dict[str, Callable[[random.Random, Settings], Settings]] = {
     "qwen2_moe": qwen2_moe,
     "qwen3_moe": qwen3_moe,
@@ -96,5 +107,6 @@ MIXTURES: dict[str, Callable[[random.Random, Settings], Settings]] = {
     "glm4_moe": glm4_moe,
     "deepseek_v2": deepseek_v2,
     "deepseek_v3": deepseek_v3,
+    "gpt_oss": gpt_oss,
 }
 """model_type -> draws a config.json, given that of a LLaMA."""

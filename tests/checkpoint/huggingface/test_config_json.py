@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron.checkpoint.huggingface.config_defaults import ALIASES, DEFAULTS
-from megatron.checkpoint.huggingface.export_model import ExportOptions, export
+from megatron.checkpoint.huggingface.export_model import export
 from megatron.checkpoint.huggingface.families import FAMILIES, LATER, WITH_EXPERTS, family_for
 from megatron.checkpoint.huggingface.import_model import adopt
 from megatron.checkpoint.huggingface.model_folder import Folder
@@ -21,7 +21,7 @@ from megatron.config import Resources, resolve
 from megatron.distributed.mesh import Topology
 from megatron.engine.builder import build_inference_engine
 from megatron.errors import ConfigError, RunError
-from tests.checkpoint.huggingface.models import make, save, tokens
+from tests.checkpoint.huggingface.models import save, tokens
 from tests.checkpoint.huggingface.random_models import answer, ours, write
 
 VOCABULARY = 48
@@ -53,6 +53,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "qwen2_moe": {**EXPERTS, "num_experts": 8, "shared_expert_intermediate_size": 24},
     "qwen3_moe": {**EXPERTS, "num_experts": 8, "num_experts_per_tok": 4},
     "olmoe": {**EXPERTS, "num_experts": 8, "num_experts_per_tok": 4},
+    "gpt_oss": {**EXPERTS, "num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 2},
     "glm4_moe": {**EXPERTS, "n_routed_experts": 16, "num_hidden_layers": 2},
     "deepseek_v2": {**EXPERTS, "n_routed_experts": 8, "num_experts_per_tok": 3},
     "deepseek_v3": {
@@ -179,6 +180,12 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "dropout of embeddings": ("phi3", {"embd_pdrop": 0.1}, "embd_pdrop = 0.1"),
     "dropout of the residual": ("starcoder2", {"residual_dropout": 0.1}, "residual_dropout = 0.1"),
+    "other bounds of a gate": ("gpt_oss", {"swiglu_limit": 5.0}, "swiglu_limit = 5.0: only 7.0 can be taken over"),
+    "a scaling that is none, or the usual one": (
+        "gpt_oss",
+        {"rope_parameters": None},
+        "rope_parameters = None: releases of transformers take this for no scaling, or for that of the public models",
+    ),
     "a base that releases read otherwise": (
         "olmo3",
         {"rope_parameters": "absent", "rope_theta": 10000.0},
@@ -229,6 +236,8 @@ SAME: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3",
         {"layer_types": "absent", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
     ),
+    "the scaling of the class": ("gpt_oss", {"rope_parameters": "absent", "layer_types": "absent"}),
+    "no scaling": ("gpt_oss", {"rope_parameters": {"rope_type": "default", "rope_theta": 150000.0}}),
     "a period of windows": ("cohere2", {"layer_types": "absent", "sliding_window_pattern": 2}),
     "the older spelling of bases": (
         "gemma3",
@@ -337,44 +346,6 @@ def test_a_value_that_a_precision_cannot_hold_is_refused(out: bool, tmp_path: Pa
         return
     with pytest.raises(RunError, match=r"linear1\.weight has values up to 70000, and 65504 is the largest of float16"):
         adopt(Folder.open(tmp_path / "theirs"), tmp_path / "ours", dtype=torch.float16)
-
-
-def test_what_other_programs_ask_for_is_written(tmp_path: Path) -> None:
-    """n_ctx, the authors' name of MPT's class, and Mamba's width always; biases and a head of its own by wish."""
-    reported = {
-        "gpt2": ("n_ctx", 64),
-        "mpt": ("architectures", ["MPTForCausalLM"]),
-        "mamba": ("intermediate_size", 128),
-    }
-    for name, (key, value) in reported.items():
-        save(name, tmp_path / name)
-        adopt(Folder.open(tmp_path / name), tmp_path / f"{name}-ours")
-        export(open_model(tmp_path / f"{name}-ours"), tmp_path / f"{name}-back")
-        assert json.loads((tmp_path / f"{name}-back" / "config.json").read_text())[key] == value
-        with torch.no_grad():
-            back = AutoModelForCausalLM.from_pretrained(tmp_path / f"{name}-back").eval()(tokens()).logits
-        torch.testing.assert_close(back, make(name)(tokens()).logits, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "added"),
-    [
-        ("neox without attention biases", ExportOptions(zero_biases=True), "attention.dense.bias"),
-        ("neox, one residual, tied", ExportOptions(own_head=True), "embed_out.weight"),
-        ("llama, wide heads, tied", ExportOptions(own_head=True), "lm_head.weight"),
-    ],
-)
-def test_requests_add_tensors_and_change_nothing(name: str, options: ExportOptions, added: str, tmp_path: Path) -> None:
-    save(name, tmp_path / "theirs")
-    adopt(Folder.open(tmp_path / "theirs"), tmp_path / "ours")
-    export(open_model(tmp_path / "ours"), tmp_path / "plain")
-    export(open_model(tmp_path / "ours"), tmp_path / "more", options=options)
-    plain, more = (load_file(tmp_path / folder / "model.safetensors") for folder in ("plain", "more"))
-    assert any(key.endswith(added) for key in more.keys() - plain.keys())
-    with torch.no_grad():
-        back = AutoModelForCausalLM.from_pretrained(tmp_path / "more").eval()(tokens()).logits
-        expected = make(name)(tokens()).logits
-    torch.testing.assert_close(back, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_family_that_is_meant_reports_what_is_in_the_way() -> None:
