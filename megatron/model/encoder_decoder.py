@@ -21,13 +21,15 @@ import torch
 from torch import Tensor, nn
 
 from megatron.distributed.param_init import ParamFactory
+from megatron.distributed.tensor_parallel.linear_cross_entropy import TokenTargets
 from megatron.model.attention.cross import CrossAttention
 from megatron.model.block import TransformerBlock
 from megatron.model.block_spec import BlockSpec
 from megatron.model.embedding import EmbeddingLayer
-from megatron.model.head import FinalNorm
+from megatron.model.head import FinalNorm, Head, TiedHead, rows_with_loss
 from megatron.model.kv_cache import KVCache
 from megatron.model.model_spec import ModelSpec
+from megatron.model.real_tokens import RealTokens
 from megatron.model.source_cache import SourceCache
 
 
@@ -80,8 +82,10 @@ class EncoderTransformerBlock(TransformerBlock):
 
     def encode(self, hidden: Tensor, starts: Tensor | None) -> Tensor:
         """Residual stream of the encoder [s, b, h] -> the same. starts: 0 where a token is not padding, [b, s]."""
-        hidden = super().forward(hidden, None, starts)
-        return hidden if self.encoder_layernorm is None else self.encoder_layernorm(hidden)
+        real = RealTokens.of(None if starts is None else starts == 0, self.axis)
+        hidden = super().forward(hidden if real is None else real.pack(hidden), None, starts)
+        hidden = hidden if self.encoder_layernorm is None else self.encoder_layernorm(hidden)
+        return hidden if real is None else real.unpack(hidden)
 
 
 class DecoderTransformerBlock(TransformerBlock):
@@ -147,3 +151,49 @@ class DecoderNorm(FinalNorm):
     def forward(self, hidden: Tensor, cache: KVCache | None = None, document_starts: Tensor | None = None) -> Tensor:
         """[s + u, b, h] -> [u, b, h]; with a cache the decoder's part alone comes in."""
         return super().forward(hidden if cache is not None else hidden[self.encoder_rows :])
+
+
+class DecoderHead(Head):
+    """The output layer with a matrix of its own, which leaves out padding of the decoder on a CPU."""
+
+    def forward(
+        self,
+        hidden: Tensor,
+        cache: KVCache | None = None,
+        document_starts: Tensor | None = None,
+        targets: TokenTargets | None = None,
+    ) -> Tensor:
+        """[u, b, h] -> logits [u, b, v/t], or the loss of the targets; see Head.
+
+        Args:
+            hidden: Output of the final norm [u, b, h].
+            cache: Not used; layers have one signature.
+            document_starts: Not used; layers have one signature.
+            targets: Labels and weights of the tokens.
+        """
+        if targets is not None:
+            hidden, targets = rows_with_loss(hidden, targets, self.final_linear.axis)
+        return super().forward(hidden, targets=targets)
+
+
+class TiedDecoderHead(TiedHead):
+    """The tied output layer, which leaves out padding of the decoder on a CPU."""
+
+    def forward(
+        self,
+        hidden: Tensor,
+        cache: KVCache | None = None,
+        document_starts: Tensor | None = None,
+        targets: TokenTargets | None = None,
+    ) -> Tensor:
+        """[u, b, h] -> logits [u, b, v/t], or the loss of the targets; see Head.
+
+        Args:
+            hidden: Output of the final norm [u, b, h].
+            cache: Not used; layers have one signature.
+            document_starts: Not used; layers have one signature.
+            targets: Labels and weights of the tokens.
+        """
+        if targets is not None:
+            hidden, targets = rows_with_loss(hidden, targets, self._embedding[0].axis)
+        return super().forward(hidden, targets=targets)

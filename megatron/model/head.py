@@ -6,10 +6,12 @@ Shapes: s sequence, b micro batch, h hidden, v padded vocabulary, t tensor-paral
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from megatron.distributed.mesh import Axis
 from megatron.distributed.param_attrs import mark_embedding_like
 from megatron.distributed.param_init import PaddedInit
 from megatron.distributed.tensor_parallel.linear import ColumnParallelLinear
@@ -20,6 +22,21 @@ from megatron.model.block_spec import BlockSpec
 from megatron.model.embedding import EmbeddingLayer
 from megatron.model.kv_cache import KVCache
 from megatron.model.model_spec import ModelSpec
+
+
+def rows_with_loss(hidden: Tensor, targets: TokenTargets, axis: Axis) -> tuple[Tensor, TokenTargets]:
+    """Leaves out tokens without a loss on a CPU: [s, b, h] -> [r, 1, h], and their targets. Elsewhere all tokens stay.
+
+    Args:
+        hidden: Input of the layers whose output is the logits.
+        targets: Labels and weights of the tokens.
+        axis: Tensor-parallel ranks, which may have shards of the sequence.
+    """
+    if hidden.device.type != "cpu" or axis.sequence_parallel:
+        return hidden, targets
+    rows = targets.weights.flatten().nonzero().flatten()
+    labels, weights = (x.flatten()[rows].unsqueeze(1) for x in (targets.labels, targets.weights))
+    return hidden.flatten(0, 1)[rows].unsqueeze(1), replace(targets, labels=labels, weights=weights)
 
 
 class Identity(nn.Module):

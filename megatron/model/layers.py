@@ -42,10 +42,12 @@ from megatron.model.block import Block, TransformerBlock
 from megatron.model.block_spec import BlockSpec
 from megatron.model.embedding import EmbeddingLayer
 from megatron.model.encoder_decoder import (
+    DecoderHead,
     DecoderNorm,
     DecoderTransformerBlock,
     EncoderDecoderEmbedding,
     EncoderTransformerBlock,
+    TiedDecoderHead,
 )
 from megatron.model.head import FinalNorm, Head, Identity, TiedHead
 from megatron.model.masked_head import MaskedHead
@@ -131,9 +133,10 @@ def _final_norm(spec: ModelSpec, blocks: BlockSpec, index: int) -> LayerSpec:
 def _output_layer(spec: ModelSpec, blocks: BlockSpec, index: int) -> LayerSpec:
     if spec.dims.masked_head:
         return LayerSpec(index, MaskedHead, {"spec": spec, "blocks": blocks}, tied_to=0)
+    two = spec.dims.encoder_layers > 0
     if spec.dims.tied:
-        return LayerSpec(index, TiedHead, tied_to=0)
-    return LayerSpec(index, Head, {"spec": spec, "blocks": blocks})
+        return LayerSpec(index, TiedDecoderHead if two else TiedHead, tied_to=0)
+    return LayerSpec(index, DecoderHead if two else Head, {"spec": spec, "blocks": blocks})
 
 
 def _block_spec(spec: ModelSpec) -> BlockSpec:

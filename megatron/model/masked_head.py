@@ -23,6 +23,7 @@ from megatron.distributed.param_init import ParamFactory, zeros
 from megatron.distributed.tensor_parallel.linear_cross_entropy import TokenTargets
 from megatron.model.block_spec import BlockSpec
 from megatron.model.embedding import EmbeddingLayer
+from megatron.model.head import rows_with_loss
 from megatron.model.kv_cache import KVCache
 from megatron.model.loss_parts import ORDER
 from megatron.model.model_spec import ModelSpec
@@ -123,12 +124,9 @@ class MaskedHead(nn.Module):
             return self._output(self.lm_head(hidden)) + self.bias
         assert isinstance(targets, MaskedTargets)
         order = self.order_logits(hidden)
-        if hidden.device.type == "cpu" and not self.axis.sequence_parallel:
-            rows = targets.weights.flatten().nonzero().flatten()
-            hidden = hidden.flatten(0, 1)[rows].unsqueeze(1)  # [r, 1, h]
-            labels, weights = (x.flatten()[rows].unsqueeze(1) for x in (targets.labels, targets.weights))
-            targets = replace(targets, labels=labels, weights=weights)
-        return self.loss((self.lm_head(hidden), self.bias, *([] if order is None else [order])), targets)
+        hidden, chosen = rows_with_loss(hidden, targets, self.axis)
+        assert isinstance(chosen, MaskedTargets)
+        return self.loss((self.lm_head(hidden), self.bias, *([] if order is None else [order])), chosen)
 
     def features(self, hidden: Tensor) -> tuple[Tensor, ...]:
         """Returns what `loss` reads, for an engine that must see every parameter's use before the loss.

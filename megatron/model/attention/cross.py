@@ -13,9 +13,13 @@ from torch import Tensor, nn
 
 from megatron.distributed.param_init import ParamFactory
 from megatron.distributed.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
+from megatron.distributed.tensor_parallel.sequence_parallel import Regather
 from megatron.kernels.padded_attention import attention_to, encoder_attention
 from megatron.model.attention.dense import ParallelSelfAttention
 from megatron.model.block_spec import BlockSpec
+from megatron.model.kv_cache import KVCache
+from megatron.model.real_tokens import RealTokens
+from megatron.model.scales import scaled
 from megatron.model.source_cache import SourceCache
 
 
@@ -26,6 +30,28 @@ class EncoderAttention(ParallelSelfAttention):
         super().__init__(number, spec, source)
         recompute = spec.kernels.recompute
         self.attend_padded = encoder_attention if recompute is None else partial(recompute, encoder_attention)
+
+    def inner(
+        self,
+        x: Tensor,
+        cache: KVCache | None,
+        document_starts: Tensor | None = None,
+        regather: Regather | None = None,
+    ) -> Tensor:
+        """Returns the input of ``dense``, [s, b, n/t * d], or [r, 1, n/t * d] where `x` is packed.
+
+        Args:
+            x: input of the block's attention [s, b, h]; without its padding [r, 1, h] where `RealTokens` leaves it out.
+            cache: not used: the encoder runs once.
+            document_starts: 0 where a token is not padding [b, s], or None without padding.
+            regather: of the region that the caller ends.
+        """
+        real = RealTokens.of(None if document_starts is None else document_starts == 0, self.dense.axis)
+        qkv = self.query_key_value(x, regather)
+        q, k, v = (part.permute(1, 2, 0, 3) for part in self._split(qkv if real is None else real.unpack(qkv)))
+        q = scaled(q, self.query_factor)
+        core = self._attend(q, k, v, document_starts).permute(2, 0, 1, 3).flatten(2)  # [s, b, h/t]
+        return core if real is None else real.pack(core)
 
     def core(self, q: Tensor, k: Tensor, v: Tensor, document_starts: Tensor | None) -> Tensor:
         """Attends over full sequences -> [b, n/t, s, d].
@@ -87,19 +113,20 @@ class CrossAttention(nn.Module):
             cache: Keys and values of earlier steps.
         """
         q = self.query(x).unflatten(2, (self.heads, self.head_dim)).permute(1, 2, 0, 3)  # [b, n/t, s, d]
-        if self.query_factor != 1.0:
-            q = q * self.query_factor
+        q = scaled(q, self.query_factor)
         if cache is None:
             assert encoded is not None
-            k, v = self.keys_and_values(encoded)
+            k, v = self.keys_and_values(encoded, shown)
         else:
             (k, v), shown = cache.encoded(self.number), cache.shown
         with self.draws():
             core = self.core(q.to(k.dtype), k, v, self.dropout if self.training else 0.0, shown).to(x.dtype)
         return self.dense(core.permute(2, 0, 1, 3).flatten(2))
 
-    def keys_and_values(self, encoded: Tensor) -> tuple[Tensor, Tensor]:
-        """Output of the encoder [k, b, h] -> keys and values [b, m/t, k, d]."""
-        both = self.key_value(encoded).unflatten(2, (self.kv_heads, 2, self.head_dim))
+    def keys_and_values(self, encoded: Tensor, shown: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Output of the encoder [k, b, h] -> keys and values [b, m/t, k, d]. shown: tokens without padding [b, k]."""
+        real = RealTokens.of(shown, self.dense.axis)
+        joined = self.key_value(encoded) if real is None else real.unpack(self.key_value(real.pack(encoded)))
+        both = joined.unflatten(2, (self.kv_heads, 2, self.head_dim))
         k, v = both.permute(3, 1, 2, 0, 4).unbind()  # [b, m/t, k, d]
         return k, v
