@@ -131,15 +131,16 @@ def build_training_engine(
     recompute = full_recompute(config.recompute, topology, random, require(config.model.num_layers))
     fused = config.kernels.fused_linear_cross_entropy
     loss = loss_function(config.training.train_impl, topology.model, vocab_size, fused=fused)
+    further = further_losses(config.model, parts)
     model: Module
     if config.parallelism.is_pipe_parallel:
         method = config.parallelism.pipe_partition_method
         build = PipelinedModel if layout.chunks == 1 else partial(ChunkedModel, layout=layout)
-        model = build(layer_specs, topology, partition_method=method, loss=loss, recompute=recompute)
+        model = build(layer_specs, topology, partition_method=method, loss=loss, recompute=recompute, further=further)
         parameters = model.keyed_parameters()
         layers = model.layer_range
     else:
-        model = SequentialModel(layer_specs, recompute, further_losses(config.model, parts)).to(device())
+        model = SequentialModel(layer_specs, recompute, further).to(device())
         parameters = keyed_parameters(model)
         layers = range(len(layer_specs))
     use_transformer_engine(config.transformer_engine, model, topology, selective_recompute(config.recompute))

@@ -81,7 +81,7 @@ class PipelinedEngine(BaseEngine):
         def with_token_count() -> Iterator[Pair]:
             for batch in islice(batches, count):
                 tokens.add_(count_loss_tokens([batch]).to(tokens.device))
-                yield _pair(batch, one, self._shards)
+                yield self._pair(batch, one)
 
         self.deepspeed.reset_activation_shape()  # training may have shorter sequences
         try:  # the mean of the sums of micro batches and ranks
@@ -131,7 +131,14 @@ class PipelinedEngine(BaseEngine):
             return iter(())
         step = [next(batches).to(self.deepspeed.device, non_blocking=True) for _ in range(self.deepspeed.micro_batches)]
         tokens, self.learns = loss_divisor(step, self.topology, self.deepspeed.device)
-        return iter([_pair(batch, tokens, self._shards) for batch in step])
+        return iter([self._pair(batch, tokens) for batch in step])
+
+    def _pair(self, batch: MicroBatch, divisor: Tensor) -> Pair:
+        pair = _pair(batch, divisor, self._shards)
+        if not self.deepspeed.module.behind:
+            return pair
+        inputs, given = pair
+        return (*((inputs,) if isinstance(inputs, Tensor) else inputs), given[0]), given  # labels go to the last stage
 
     @property
     def _shards(self) -> SequenceShards:

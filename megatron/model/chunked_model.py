@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron.distributed.mesh import Topology
 from megatron.model.layers import LayerSpec
 from megatron.model.loss_function import LossFunction
+from megatron.model.multi_token import FurtherLosses
 from megatron.model.pipeline_model import PipelinedModel, differentiable, free_logits_after_loss
 from megatron.model.recompute import Recompute, run_layers
 from megatron.pipe_schedule.layout import PipeLayout
@@ -30,6 +31,7 @@ class ChunkedModel(PipelinedModel):
         loss: LossFunction,
         layout: PipeLayout,
         recompute: Recompute | None = None,
+        further: FurtherLosses | None = None,
     ) -> None:
         """Builds the layers of this rank.
 
@@ -40,6 +42,7 @@ class ChunkedModel(PipelinedModel):
             loss: called on the last stage.
             layout: which stages each rank holds.
             recompute: recomputation of blocks, or None.
+            further: not used; rules refuse modules that predict further tokens.
         """
         self.layout = layout
         self.stages = layout.stages_of(topology.pipe.rank)

@@ -74,7 +74,7 @@ class EmbeddingLayer(nn.Module):
             softmax=spec.kernels.cross_entropy,
             bound=spec.scales.logit_bound,
         )
-        if spec.dims.tied:
+        if spec.dims.tied or spec.dims.mtp_layers:  # both ends of a pipeline have it
             mark_tied(self.word_embeddings.weight)
         self.position_embeddings: nn.Module | None = None
         self.tokentype_embeddings: TokenTypes | None = None

@@ -9,7 +9,7 @@ divided by (equations 21 to 25).
 The tokens that follow are the labels of the model's own loss, so labels and their weights are shifted by k - 1 for the
 input and by k for the target. Where documents are kept apart, no token learns from another document than its own.
 
-Modules have no cache: generation does without them.
+In a pipeline the modules are on the last stage. They have no cache: generation does without them.
 
 Shapes: s sequence, b micro batch, h hidden, t tensor-parallel degree. With sequence parallelism hidden states are
 [s/t, b, h].
@@ -17,7 +17,7 @@ Shapes: s sequence, b micro batch, h hidden, t tensor-parallel degree. With sequ
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -72,7 +72,7 @@ class Joining(nn.Module):
 
 
 class FurtherLosses:
-    """The losses of the modules that predict further tokens, for a model in one piece."""
+    """What the modules that predict further tokens add to the loss."""
 
     def __init__(self, factor: float, parts: LossParts | None) -> None:
         """Keeps the settings.
@@ -85,39 +85,55 @@ class FurtherLosses:
 
     def __call__(
         self,
-        modules: list[FurtherToken],
-        hidden: Tensor,
+        hidden: Sequence[Tensor],
         targets: TokenTargets,
-        run: Callable[[nn.Module, Tensor], Tensor],
-        embed: Callable[[Tensor], Tensor],
-        output: Callable[..., Tensor],
+        outputs: Sequence[Callable[[Tensor, TokenTargets], Tensor]],
         document_starts: Tensor | None = None,
     ) -> Tensor:
         """Returns lambda / D times the sum of the modules' losses, an fp32 scalar.
 
         Args:
-            modules: in order.
-            hidden: output of the final norm [s, b, h].
+            hidden: what each module makes of the tokens [s, b, h].
             targets: labels and weights of the model's own loss, [s, b].
-            run: (block, its input [s, b, h]) -> its output.
-            embed: token ids [b, s] -> embeddings [s, b, h].
-            output: (hidden, targets=...) -> the sum of the losses of the targets.
+            outputs: for each module (hidden, targets) -> the sum of the losses of the targets.
             document_starts: start of the document of each token [b, s], where documents are kept apart.
         """
-        total = torch.zeros((), device=hidden.device)
-        for depth, module in enumerate(modules, start=1):
-            following = shifted(targets.labels, depth - 1)
-            hidden = module.norm(run(module.block, module.join(embed(following.t()), hidden)))
+        total = torch.zeros((), device=hidden[0].device)
+        for depth, (one, output) in enumerate(zip(hidden, outputs, strict=True), start=1):
             own = replace(
                 targets,
                 labels=shifted(targets.labels, depth),
                 weights=shifted(targets.weights, depth) * same_document(document_starts, depth, targets.weights),
             )
-            loss = output(hidden, targets=own)
+            loss = output(one, own)
             if self.parts is not None:
                 self.parts.note(part_name(depth), loss)
             total = total + loss
-        return total * (self.factor / len(modules))
+        return total * (self.factor / len(hidden))
+
+
+def further_hidden(
+    modules: Sequence[FurtherToken],
+    hidden: Tensor,
+    labels: Tensor,
+    run: Callable[[nn.Module, Tensor], Tensor],
+    embed: Callable[[Tensor], Tensor],
+) -> list[Tensor]:
+    """Returns what each module makes of the tokens, [s, b, h].
+
+    Args:
+        modules: in order.
+        hidden: output of the final norm [s, b, h].
+        labels: the next token of each [s, b].
+        run: (block, its input [s, b, h]) -> its output.
+        embed: token ids [b, s] -> embeddings [s, b, h].
+    """
+    found = []
+    for depth, module in enumerate(modules):
+        embedded = embed(shifted(labels, depth).t())
+        hidden = module.norm(run(module.block, module.join(embedded, hidden)))
+        found.append(hidden)
+    return found
 
 
 def part_name(depth: int) -> str:

@@ -31,6 +31,7 @@ from megatron.model.kv_cache import KVCache
 from megatron.model.layers import LayerSpec
 from megatron.model.loss_function import LossFunction
 from megatron.model.masked_head import MaskedHead, MaskedTargets
+from megatron.model.multi_token import FurtherLosses, FurtherToken, further_hidden
 from megatron.model.recompute import Recompute, run_layers
 from megatron.param_table import FIRST_BLOCK, key_in_table
 
@@ -39,6 +40,9 @@ TIED = "embedding"
 
 RELATIVE = "relative_positions"
 """Name in DeepSpeed of learned relative positions, which all blocks share."""
+
+FURTHER = "further_tokens"
+"""Name in DeepSpeed of an embedding on both pipeline ends where modules predict further tokens."""
 
 Carry = Tensor | tuple[Tensor, ...]
 
@@ -54,6 +58,7 @@ class PipelinedModel(PipelineModule):
         partition_method: str | tuple[int, ...],
         loss: LossFunction,
         recompute: Recompute | None = None,
+        further: FurtherLosses | None = None,
     ) -> None:
         """Builds the layers of this stage.
 
@@ -63,12 +68,18 @@ class PipelinedModel(PipelineModule):
             partition_method: DeepSpeed's (`type:regex`, `parameters`, `uniform`), or the blocks of each stage.
             loss: Called on the last stage.
             recompute: recomputation of blocks, or None.
+            further: losses of the modules that predict further tokens, which are on the last stage.
 
         `after_loss`, where it is set, gets the loss of each micro batch of a step, and may change its gradient.
         """
         grid = PipeModelDataParallelTopology(  # ranks that share a sequence are data-parallel to DeepSpeed
             num_pp=topology.pipe.size, num_mp=topology.model.size, num_dp=topology.dp_cp.size
         )
+        behind = [layer for layer in layer_specs if issubclass(layer.layer, FurtherToken)]
+        layer_specs = layer_specs[: len(layer_specs) - len(behind)]
+        self.behind, self.further = len(behind), further
+        tied = any(layer.tied_to is not None for layer in layer_specs)
+        self._embedding = layer_specs[0] if behind and not tied and topology.pipe.size > 1 else None
         self._relative = _learned_relative(layer_specs)
         self._attending = [layer.index for layer in layer_specs if issubclass(layer.layer, TransformerBlock)]
         with redirect_stdout(io.StringIO()):  # the partition is reported by us, not printed
@@ -81,6 +92,9 @@ class PipelinedModel(PipelineModule):
         self.recompute, self.loss = recompute, loss
         self.after_loss: Callable[[Tensor], Tensor] | None = None
         self.masked_head: MaskedHead | None = None
+        if topology.pipe.is_last:  # their names are the indices of layers, as those of DeepSpeed's layers
+            for layer in behind:
+                self.add_module(str(layer.index), layer.build().to(device()))
         last = layer_specs[-1]
         if issubclass(last.layer, MaskedHead) and topology.pipe.rank == self.stage_owner(len(layer_specs) - 1):
             self.masked_head = MaskedHead(**last.arguments, output=self.forward_funcs[-1]).to(device())
@@ -90,19 +104,46 @@ class PipelinedModel(PipelineModule):
         """Runs this stage's layers: tokens [b, s] or hidden [s, b, h] -> hidden [s, b, h] or logits [s, b, v/t].
 
         Tokens may have their types behind them, [2, b, s]. The starts of documents [b, s], and behind them the mask of
-        padding [b, s], are passed from stage to stage beside it where the batch has them. Where the loss is computed
-        together with the output layer, the last stage's result is the output layer's input, and the anchor of its
-        matrix.
+        padding [b, s], are passed from stage to stage beside it where the batch has them, and last the labels [b, s]
+        where modules predict further tokens. Where the loss is computed together with the output layer, the result of
+        the last stage is the output layer's input, that of each module behind it, and an anchor of its matrix for each.
         """
         is_last = self._local_stop == self._num_layers
         layers = self.forward_funcs[:-1] if is_last and self.loss.in_blocks else self.forward_funcs
         carry, *beside = (forward_input,) if isinstance(forward_input, Tensor) else forward_input
+        labels = [beside.pop()] if self.behind else []
         carry = differentiable(run_layers(layers, carry, None, self.recompute, *beside))
         if is_last and self.loss.in_blocks:
-            self._link = WeightLink(self._output_layer().output_weight)
             features = (carry,) if self.masked_head is None else self.masked_head.features(carry)
-            return (*features, self._link.anchor)
-        return carry if is_last or not beside else (carry, *beside)
+            further = self._further_hidden(carry, labels[0], beside) if self._learns_further else []
+            self._link, *self._links = (WeightLink(self._output_layer().output_weight) for _ in (0, *further))
+            return (*features, *further, self._link.anchor, *(link.anchor for link in self._links))
+        return carry if is_last or not (beside or labels) else (carry, *beside, *labels)
+
+    @property
+    def _learns_further(self) -> bool:
+        return self.behind > 0 and self.training and is_grad_enabled()
+
+    def _further_hidden(self, hidden: Tensor, labels: Tensor, beside: Sequence[Tensor]) -> list[Tensor]:
+        """Returns what the modules that predict further tokens make of them, [s, b, h] each.
+
+        Args:
+            hidden: output of the final norm [s, b, h].
+            labels: next tokens [b, s].
+            beside: starts of documents and mask of padding, as far as the batch has them.
+        """
+        modules = [module for module in self.children() if isinstance(module, FurtherToken)]
+        self._starts = beside[0] if beside else None
+
+        def run(block: nn.Module, x: Tensor) -> Tensor:
+            return run_layers([block], x, None, self.recompute, *beside)
+
+        return further_hidden(modules, hidden, labels.t(), run, self._last_embedding())
+
+    def _last_embedding(self) -> Any:
+        """Returns the embedding on the last stage: a copy, or that of the only stage."""
+        shared = [self.tied_modules[name] for name in (TIED, FURTHER) if name in self.tied_modules]
+        return shared[0] if shared else self.forward_funcs[0]
 
     def _loss(self, output: Carry, given: tuple[Tensor, ...]) -> Tensor:
         """Returns the loss of the last stage's output.
@@ -119,8 +160,21 @@ class PipelinedModel(PipelineModule):
         if self.masked_head is not None:
             assert isinstance(targets, MaskedTargets) and isinstance(output, tuple)
             return self.masked_head.loss(output[:-1], replace(targets, link=self._link))
-        value: Tensor = self.forward_funcs[-1](output[0], targets=replace(targets, link=self._link))
+        value = self._output(self._link)(output[0], targets)
+        if self._learns_further and self.further is not None:
+            assert isinstance(output, tuple)
+            outputs = [self._output(link) for link in self._links]
+            value = value + self.further(output[1 : 1 + self.behind], targets, outputs, self._starts)
         return value
+
+    def _output(self, link: WeightLink) -> Callable[[Tensor, TokenTargets], Tensor]:
+        """Returns the output layer's loss of targets, which leaves the gradient of its matrix to a link."""
+
+        def loss(hidden: Tensor, targets: TokenTargets) -> Tensor:
+            value: Tensor = self.forward_funcs[-1](hidden, targets=replace(targets, link=link))
+            return value
+
+        return loss
 
     def loss_to_learn(self, loss: Tensor) -> Tensor:
         """Returns the loss of a micro batch, which `after_loss` has seen in training."""
@@ -153,6 +207,8 @@ class PipelinedModel(PipelineModule):
         Raises RunError if the first stage has no block, since it counts and saves what stages share.
         """
         comms: dict[str, Any] = super()._index_tied_modules()
+        if self._embedding is not None:
+            self._copy_embedding(comms, self._embedding)
         if not self._relative or self._topo.get_dim("pipe") == 1:
             return comms
         stages = sorted({self.stage_owner(index) for index in self._attending})
@@ -173,10 +229,34 @@ class PipelinedModel(PipelineModule):
                         parameter.ds_pipe_replicated = self.global_rank != ranks[0]  # type: ignore[attr-defined]
         return comms
 
+    def _copy_embedding(self, comms: dict[str, Any], layer: LayerSpec) -> None:
+        """Gives the last stage a copy of the embedding, whose gradients are summed with those of the first stage.
+
+        Args:
+            comms: what stages share; the embedding is added.
+            layer: the embedding.
+        """
+        stages = (0, self._topo.get_dim("pipe") - 1)
+        stage = self._topo.get_coord(self.global_rank).pipe
+        if stage == stages[0]:
+            self.tied_modules[FURTHER] = self.forward_funcs[0]
+        elif stage == stages[1]:
+            self.tied_modules[FURTHER] = layer.layer(**layer.arguments, as_output_copy=True).to(device())
+        for data in range(self._grid.data_parallel_size):
+            for model in range(self._topo.get_dim("model")):
+                ranks = [self._topo.get_rank(pipe=one, data=data, model=model) for one in stages]
+                group = dist.new_group(ranks)
+                if self.global_rank in ranks:
+                    module, attribute = self.tied_modules[FURTHER], ["word_embeddings.weight"]
+                    comms[FURTHER] = {"ranks": ranks, "group": group, "weight_attr": attribute, "module": module}
+                    for parameter in module.parameters():  # counted once
+                        parameter.ds_pipe_replicated = self.global_rank != ranks[0]
+
     def keyed_parameters(self) -> dict[str, nn.Parameter]:
         """Returns key ("<layer>.<name>") -> parameter; the copy of a tied embedding has the embedding's key."""
         moved = {
             f"tied_modules.{TIED}.": "0.",
+            f"tied_modules.{FURTHER}.": "0.",
             f"tied_modules.{RELATIVE}.": f"{FIRST_BLOCK}.attention.rpe.",
             "masked_head.": f"{self._num_layers - 1}.",
         }

@@ -15,7 +15,7 @@ from megatron.distributed.tensor_parallel.linear_cross_entropy import TokenTarge
 from megatron.model.embedding import EmbeddingLayer
 from megatron.model.kv_cache import KVCache
 from megatron.model.layers import LayerSpec
-from megatron.model.multi_token import FurtherLosses, FurtherToken
+from megatron.model.multi_token import FurtherLosses, FurtherToken, further_hidden
 from megatron.model.recompute import Recompute, run_layers
 
 
@@ -99,4 +99,10 @@ class SequentialModel(nn.Module):
 
         embedding = cast(EmbeddingLayer, self.sequential[0])
         head = self.sequential[first - 1]
-        return self.further(modules, hidden, targets, run, embedding, head, document_starts)
+
+        def output(x: Tensor, own: TokenTargets) -> Tensor:
+            loss: Tensor = head(x, targets=own)
+            return loss
+
+        further = further_hidden(modules, hidden, targets.labels, run, embedding)
+        return self.further(further, targets, [output] * len(further), document_starts)

@@ -46,7 +46,7 @@ def on_rank(table: Sequence[TensorShape], bounds: Sequence[int], model_parallel_
     """
     layers = [0] * bounds[-1]
     for tensor in table:
-        layers[tensor.layer] += prod(tensor.local_shape(model_parallel_size))
+        layers[min(tensor.layer, len(layers) - 1)] += prod(tensor.local_shape(model_parallel_size))
     held = [sum(layers[first:end]) for first, end in pairwise(bounds)]
     if tied and bounds[-2] > 0:
         word = next(tensor for tensor in table if tensor.kind == "word_embedding")

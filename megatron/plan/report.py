@@ -108,10 +108,11 @@ def bounds_of(config: Config, table: list[TensorShape]) -> list[int]:
     """Returns the first layer of each pipeline stage, and the number of layers."""
     assert config.model.num_layers
     kinds = tuple(map(str, config.model.attention_config or ()))
-    classes = layer_classes(config.model.num_layers, kinds, config.model.mtp_num_layers or 0)
+    classes = layer_classes(config.model.num_layers, kinds)
     counts = [0] * len(classes)
     for tensor in table:
-        counts[tensor.layer] += tensor.count
+        if tensor.layer < len(counts):  # modules that predict further tokens go with the output layer
+            counts[tensor.layer] += tensor.count
     return stage_bounds(config.parallelism.pipe_partition_method, classes, counts, pipe_layout(config).stages)
 
 
@@ -142,7 +143,7 @@ def memory_of(config: Config, table: list[TensorShape], padded_vocab_size: int, 
     shared, experts = split_experts(table)
     copied = layout.rank_of(layout.stages - 1) != 0  # a tied output layer has a copy of the embedding
     held = zip(
-        on_rank(shared, bounds, axes.model_parallel_size, tied=dims.tied and copied),
+        on_rank(shared, bounds, axes.model_parallel_size, tied=(dims.tied or dims.mtp_layers > 0) and copied),
         on_rank(experts, bounds, axes.model_parallel_size, tied=False),
         on_rank(
             trainable_tensors(table),

@@ -27,7 +27,10 @@ KEYS: dict[str, Any] = {
         ({"mtp_num_layers": 0}, "mtp_num_layers = 0: it must be from 1"),
         ({"mtp_num_layers": 32}, "mtp_num_layers = 32: it must be from 1"),
         ({"mtp_loss_scaling_factor": -0.1}, "it cannot be negative"),
-        ({"pipe_parallel_size": 1}, "the last stage of a pipeline has no embeddings of the tokens that follow"),
+        (
+            {"pipe_parallel_size": 2, "pipe_schedule": "zero_bubble", "gradient_accumulation_steps": 4},
+            "the modules are on the last stage of pipelines with one stage a rank",
+        ),
         ({"context_parallel_size": 2}, "the tokens that follow are on other ranks"),
         ({"pos_emb": "learned"}, "a module embeds tokens anew, without positions"),
         ({"lora": {"rank": 4}}, "a frozen model has no further tokens to learn from"),
@@ -38,7 +41,11 @@ KEYS: dict[str, Any] = {
 )
 def test_what_does_not_fit_is_refused(changes: dict[str, Any], expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
-        resolve([], {**KEYS, **changes}, Resources(changes.get("context_parallel_size", 1)))
+        resolve(
+            [],
+            {**KEYS, **changes},
+            Resources(max(changes.get("context_parallel_size", 1), changes.get("pipe_parallel_size", 1))),
+        )
 
 
 def test_generation_does_without_them() -> None:

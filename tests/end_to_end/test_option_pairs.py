@@ -129,7 +129,7 @@ FURTHER_FACTORS: Factors = {
     "further": [{"mtp_num_layers": 1}, {"mtp_num_layers": 2, "mtp_loss_scaling_factor": 0.5}],
     "attention": [{}, {"num_kv_heads": 2}, {"pos_emb": "alibi"}, {"pos_emb": "rpe"}, *_LATENT_KINDS[1:]],
     **{name: values for name, values in _AROUND.items() if name not in ("types", "window")},
-    "layout": [TENSOR, {"zero_optimization": {"stage": 3}}],
+    "layout": [TENSOR, PIPELINE, {"zero_optimization": {"stage": 3}}],
 }
 TABLES: dict[str, tuple[Factors, int]] = {
     "all": (FACTORS, 120),

@@ -127,6 +127,7 @@ WAYS: dict[str, tuple[int, dict[str, Any]]] = {
     "latents, core recomputed": (1, {**LATENTS, "recompute_granularity": "selective"}),
     "further tokens": (1, {"mtp_num_layers": 2}),
     "further tokens, recomputed": (1, {"mtp_num_layers": 1, **AGAIN}),
+    "further tokens, pipeline": (2, {"mtp_num_layers": 1, **PIPELINE}),
     "prompt": (1, {"soft_prompt_tuning": {"num_tokens": 8}}),
 }
 RECOMPUTED = ("one rank, fp32", "data 2, ZeRO 3")

@@ -40,17 +40,11 @@ def expand_types(pattern: Sequence[Any] | None, num_layers: int) -> tuple[str, .
     return None if pattern is None else expand_attention(pattern, num_layers, TYPES)
 
 
-def layer_classes(num_layers: int, kinds: Sequence[str] = (), further: int = 0) -> list[str]:
-    """Returns the class name of each layer, which `type:REGEX` matches.
-
-    Args:
-        num_layers: number of blocks.
-        kinds: of the blocks; () for attention only.
-        further: number of modules that predict further tokens.
-    """
+def layer_classes(num_layers: int, kinds: Sequence[str] = ()) -> list[str]:
+    """Returns the class name of each layer, which `type:REGEX` matches. kinds: of the blocks; () for attention only."""
     named = {**CLASSES, "amlp": CLASSES["gmlp"]}
     blocks = [named.get(kind, "TransformerBlock") for kind in kinds] or ["TransformerBlock"] * num_layers
-    return ["EmbeddingLayer", "Identity", *blocks, "Identity", "FinalNorm", "Head", *["FurtherToken"] * further]
+    return ["EmbeddingLayer", "Identity", *blocks, "Identity", "FinalNorm", "Head"]
 
 
 def _expand_item(item: Any, pattern: Sequence[Any], num_layers: int, key: str) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from megatron.adapter_config import low_rank, soft_prompt
 from megatron.config.config import Config
 from megatron.config.derived.fill import trains
 from megatron.errors import ConfigIssue
+from megatron.pipe_schedule.layout import ONE_F_ONE_B
 from megatron.registry import POSITIONS, WITHOUT_ATTENTION
 
 KEY = "mtp_num_layers"
@@ -28,9 +29,9 @@ def modules_read_further_tokens(config: Config) -> Iterator[ConfigIssue]:
         return  # generation and evaluation do without them
     last = str((model.attention_config or ("global",))[-1])
     reasons = {
-        "pipe_parallel_size": (
-            axes.pipe_parallel_size >= 1,
-            "the last stage of a pipeline has no embeddings of the tokens that follow",
+        "pipe_schedule": (
+            axes.pipe_parallel_size > 1 and axes.pipe_schedule != ONE_F_ONE_B,
+            "the modules are on the last stage of pipelines with one stage a rank",
         ),
         "context_parallel_size": (axes.context_parallel_size > 1, "the tokens that follow are on other ranks"),
         "pos_emb": (

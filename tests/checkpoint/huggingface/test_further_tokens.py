@@ -38,7 +38,7 @@ from tests.layouts import pick
 from tests.multi_rank import run_distributed
 
 DEPTHS, FACTOR = 2, 0.3
-LAYOUTS = pick("one process", "tensor 2, sequence, ZeRO 1", "data 2, experts 2, ZeRO 2")
+LAYOUTS = pick("one process", "tensor 2, sequence, ZeRO 1", "data 2, experts 2, ZeRO 2", "pipeline 2, accumulation 2")
 RENAMED = {"mtp_block.": "", "post_norm.": "shared_head.norm."}
 
 
