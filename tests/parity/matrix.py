@@ -178,8 +178,8 @@ class Tolerance:
 class Comparison:
     """Runs layouts on one data set and compares them with one process, which runs once for each model and depth."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, steps: int = TINY["train_iters"]) -> None:
+        self._folder, self._steps = folder, steps
         tokens, labels = make_documents(folder)
         self._data = {"data_path": str(folder / "text")}
         self._labelled = {
@@ -213,13 +213,14 @@ class Comparison:
             relative(series(got, name), series(expected, name)) for name in ("train/lm_loss", "validation/lm_loss")
         ]
         norms, expected_norms = series(got, "train/grad_norm"), series(expected, "train/grad_norm")
-        assert len(norms) == TINY["train_iters"]
+        assert len(norms) == self._steps
         return Tolerance(max(losses), relative(norms[:1], expected_norms[:1]), relative(norms, expected_norms))
 
     def _train(self, ranks: int, runs: Mapping[Any, tuple[str, dict[str, Any]]]) -> None:
         """Trains models, one after the other in one world."""
+        length = {"train_iters": self._steps, "eval_interval": self._steps // 2}
         cases = {
-            key: TINY | (self._labelled if model == LABELLED else self._data) | MODELS[model] | settings
+            key: TINY | length | (self._labelled if model == LABELLED else self._data) | MODELS[model] | settings
             for key, (model, settings) in runs.items()
         }
         with tempfile.TemporaryDirectory(dir=self._folder) as folder:

@@ -16,9 +16,10 @@ def comparison(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
 
 
 @pytest.fixture(scope="module")
-def covered(comparison: Comparison) -> Comparison:
-    comparison.train_together(covering())
-    return comparison
+def covered(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
+    found = Comparison(tmp_path_factory.mktemp("covered"), steps=4)
+    found.train_together(covering())
+    return found
 
 
 def test_the_rows_hold_every_schedule_with_every_setting() -> None:
