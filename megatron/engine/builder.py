@@ -51,7 +51,6 @@ from megatron.engine.muon_step import MuonStep
 from megatron.engine.outlier_steps import outlier_steps
 from megatron.engine.pipeline_engine import PipelinedEngine
 from megatron.engine.recompute import full_recompute, selective_recompute
-from megatron.engine.scheduled_engine import ScheduledEngine
 from megatron.engine.transformer_engine import use_transformer_engine
 from megatron.engine.weight_average import weight_average
 from megatron.errors import ConfigError
@@ -173,6 +172,8 @@ def build_training_engine(
         shared["dtype"] = DTYPES[require(config.precision.precision)]
         if layout.chunks == 1:
             return PipelinedEngine(**shared)
+        from megatron.engine.scheduled_engine import ScheduledEngine  # imports torch.compile, which takes a second
+
         return ScheduledEngine(**shared, layout=layout, weight_gradients=later)
     return PlainEngine(**shared, loss=loss)
 

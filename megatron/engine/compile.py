@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from megatron.model.attention.self_attention import SelfAttention
 from megatron.model.block import TransformerBlock
 from megatron.model.kv_cache import KVCache
 
@@ -26,6 +27,8 @@ def compile_blocks(model: Module, shape: tuple[int, int, int]) -> None:
             _fill_tables(block, shape)
             block.forward = _without_cache(block.forward)  # type: ignore[method-assign]
             block.zero3_gather_together = True
+        elif isinstance(block, SelfAttention):
+            block.ring = torch.compiler.disable(block.ring)  # its messages are no operators of a graph
 
 
 @torch.no_grad()

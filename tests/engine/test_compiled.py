@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -45,3 +47,9 @@ def test_compiled_blocks_compute_the_same(
     for name in ("train/lm_loss", "validation/lm_loss"):
         assert series(compiled, name) == pytest.approx(series(plain, name), rel=1e-6), name
     assert series(compiled, "train/grad_norm") == pytest.approx(series(plain, "train/grad_norm"), rel=1e-5)
+
+
+def test_a_run_that_compiles_nothing_does_not_import_the_compiler() -> None:
+    """Importing torch.compile's frontend takes a second, which generation and evaluation need not wait."""
+    program = "import sys, megatron.training.trainer; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

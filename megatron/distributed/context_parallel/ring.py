@@ -155,7 +155,6 @@ class _RingAttention(torch.autograd.Function):
         return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), of_bias, of_sinks, None
 
 
-@torch.compiler.disable
 def ring_attention(
     q: Tensor,
     k: Tensor,
