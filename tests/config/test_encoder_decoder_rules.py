@@ -35,6 +35,8 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"attn_logit_softcapping": 30.0}, "its cross attention has no such option"),
     ({"multi_latent_attention": True, "pos_emb": "rotary"}, "its cross attention has keys and values of heads"),
     ({"use_qk_layernorm": True}, "its cross attention has no such option"),
+    ({"softmax_type": "off-by-one"}, "its encoder sums the keys alone"),
+    ({"mtp_num_layers": 1}, "only the loss of the next token has further tokens"),
     ({"norm_placement": "output"}, "its three norms are before attention, cross attention and MLP"),
     ({"softmax_type": "off-by-one"}, "its encoder sums the keys alone"),
     ({"gpt_j_residual": True}, "cross attention follows attention, and the MLP both"),

@@ -54,6 +54,15 @@ ENCODER = {
     "no_weight_tying": False,
     "pos_emb": "learned",
 }
+TARGET = 8
+ENCODER_DECODER = {
+    "encoder_num_layers": 1,
+    "encoder_seq_length": models.LENGTH - TARGET,
+    "decoder_seq_length": TARGET,
+    "pos_emb": "relative",
+    "norm": "rmsnorm",
+    "softmax_scale": 1.0,
+}
 PADDED = DocumentOffsets.of(torch.tensor([[0] * (models.LENGTH - 3) + [models.LENGTH - 3] * 3] * models.BATCH))
 aten = torch.ops.aten
 
@@ -185,6 +194,18 @@ class MaskedBatches:
             yield MicroBatch(tokens, tokens, mask, starts, token_types=tokens, sentence_order=order)
 
 
+class SpanBatches:
+    """Endless micro batches of an encoder-decoder, with padding of the encoder, on the host."""
+
+    def batches(self, consumed_samples: int = 0) -> Iterator[MicroBatch]:
+        tokens = torch.zeros(models.BATCH, models.LENGTH, dtype=torch.long)
+        starts = tokens.clone()
+        starts[:, -TARGET - 3 :] = models.LENGTH - TARGET - 3
+        attach_offsets(starts, PADDED)
+        while True:
+            yield MicroBatch(tokens, tokens[:, :TARGET], torch.ones(models.BATCH, TARGET), starts)
+
+
 class QuietReporter:
     """Takes the place of the reporter; ends the loop."""
 
@@ -233,8 +254,9 @@ def engine_of(
     return made, losses
 
 
-def loop(module: Any, hooks: list[Hook] | None = None, **settings: Any) -> None:
+def loop(module: Any, hooks: list[Hook] | None = None, batches: Any = None, **settings: Any) -> None:
     """Trains some steps without a report."""
+    usual = MaskedBatches() if settings.get("parts") else FakeBatches()
     with fake_cuda.FakeGPU():
         fake_cuda.onto_gpu(module)
         engine: Any = engine_of(module, **{"bf16": False, **settings})[0]
@@ -247,7 +269,7 @@ def loop(module: Any, hooks: list[Hook] | None = None, **settings: Any) -> None:
         context = LoopContext(
             engine=engine,
             lr_schedule=lr_schedule,
-            train=MaskedBatches() if settings.get("parts") else FakeBatches(),
+            train=batches or usual,
             valid=None,
             reporter=reporter,
             stop_requested=lambda: False,
@@ -302,6 +324,7 @@ CASES: dict[str, Callable[[], None]] = {
     "bfloat16, ZeRO 1": lambda: loop(models.build(dict(models.LLAMA)), bf16=True),
     "experts": experts,
     "masked tokens and order": masked,
+    "spans": lambda: loop(models.build(dict(ENCODER_DECODER)), batches=SpanBatches(), bf16=True),
     "planted: the loss is read": lambda: planted(lambda result: result.loss.item()),
     "planted: the flag is tested": lambda: planted(lambda result: bool(result.skipped)),
     "planted: a copy that waits": lambda: planted(lambda result: result.grad_norm.cpu()),

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-RUNS = ("fp32, ZeRO 0", "bfloat16, ZeRO 1", "experts", "masked tokens and order")
+RUNS = ("fp32, ZeRO 0", "bfloat16, ZeRO 1", "experts", "masked tokens and order", "spans")
 READ, COPY = "DataDependentOutputException", "BlockingCopy"
 PLANTED = {
     "planted: the loss is read": READ,
