@@ -63,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
         default=0,
         help="0 keeps all layers in one file a rank, more keeps a file a layer (default: 0)",
     )
+    result.add_argument("--adapter", type=Path, help="a folder of peft whose low-rank updates become lora")
     result.add_argument(
         "--precision", choices=["auto", *PRECISIONS], default="auto", help="default: the one that is stored"
     )
@@ -88,6 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
             pipe_size=args.target_pipeline_parallel_size,
             dtype=PRECISIONS.get(args.precision),
             further=further,
+            adapter=args.adapter,
         )
         settings = {**made.settings, **further}
         text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)

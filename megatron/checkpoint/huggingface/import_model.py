@@ -17,6 +17,7 @@ from megatron.checkpoint.format.optimizer_shards import pad_rows
 from megatron.checkpoint.format.weight_shards import key_of
 from megatron.checkpoint.huggingface import safetensors_format
 from megatron.checkpoint.huggingface.model_folder import Folder
+from megatron.checkpoint.huggingface.read_adapter import read_adapter
 from megatron.checkpoint.load.merge_shards import as_stored, assemble
 from megatron.checkpoint.offline.write_resharded import write_weights
 from megatron.checkpoint.save.commit import make_room, publish
@@ -51,6 +52,7 @@ def adopt(
     pipe_size: int = 0,
     dtype: torch.dtype | None = None,
     further: Mapping[str, Any] | None = None,
+    adapter: Path | None = None,
 ) -> Adopted:
     """Writes <save>/global_step0 and points `latest` at it.
 
@@ -64,6 +66,7 @@ def adopt(
         pipe_size: The layout of the weight files, which any run reads.
         dtype: None keeps the stored one.
         further: Keys for the configuration that is kept with the checkpoint.
+        adapter: A folder of peft with low-rank updates of this model, which become `lora`.
     """
     settings = folder.settings() | {"vocab_size": folder.rows, "make_vocab_size_divisible_by": 1}
     script = CONVERSION if folder.family.encoder else "generate.py"
@@ -73,12 +76,18 @@ def adopt(
     flags |= {**(further or {}), "model_parallel_size": model_size}
     config = resolve([], flags, Resources(model_size)).config
     dims = ModelDims.of(config.model, config.moe, config.mixers)
+    beside = None if adapter is None else read_adapter(adapter, folder, dims)
+    if beside is not None:
+        settings |= {"lora": beside.block}
+        config = resolve([], {**flags, "lora": beside.block}, Resources(model_size)).config
+        dims = ModelDims.of(config.model, config.moe, config.mixers)
+    own = {} if beside is None else beside.tensors
     rows = padded_vocab_size(folder.rows, 1, model_size)
     table = tensors(dims, rows)
     weights = folder.weights(dims)
 
     def full_tensor(shape: TensorShape) -> Tensor:
-        shards = weights.shards(key_of(shape))
+        shards = [own[key_of(shape)]] if key_of(shape) in own else weights.shards(key_of(shape))
         tensor = pad_rows(shape, assemble(as_stored(shape, shards, 1), shards, summed=False))
         if tuple(tensor.shape) != shape.shape:
             raise RunError.of(

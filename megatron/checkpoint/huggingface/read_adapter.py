@@ -1,0 +1,218 @@
+"""A folder of `peft` with low-rank updates, read as adapters of ours beside the model that it belongs to.
+
+Where one matrix of ours is several of theirs (queries, keys and values), their updates become one: A of all stand on
+top of each other, and each B has columns of its own. Updates that share A, as exports of this project do, keep its
+rank. All adapters of a model have one rank here; where an update needs less, the rest of A has random values and that
+of B is zero, as at the start of training. Source of names and files: peft 0.21, utils/save_and_load.py.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.adapter_config import EMBEDDING, HEAD, SAVED, TARGETS, LowRank
+from megatron.checkpoint.format import files
+from megatron.checkpoint.huggingface import safetensors_format
+from megatron.checkpoint.huggingface.family import TensorMapping
+from megatron.checkpoint.huggingface.model_folder import HEADS, Folder
+from megatron.checkpoint.huggingface.peft_adapter import CONFIG, WEIGHTS
+from megatron.errors import ConfigError, ConfigIssue, RunError
+from megatron.param_table import DOWN, UP, ModelDims
+
+PREFIX = "base_model.model."
+_UNREAD: Mapping[str, object] = {
+    "peft_type": "LORA",
+    "use_dora": False,
+    "bias": "none",
+    "lora_bias": False,
+    "alora_invocation_tokens": None,
+    "use_qalora": False,
+    "use_bdlora": None,
+    "arrow_config": None,
+    "target_parameters": None,
+}
+"""Settings with which an update is what it is here -> that value; absent ones have it."""
+
+
+@dataclass(frozen=True)
+class _Update:
+    """The update of one matrix of theirs."""
+
+    down: Tensor
+    """A [r, in]."""
+    up: Tensor
+    """B [out, r], times the update's factor."""
+
+
+@dataclass(frozen=True)
+class PeftAdapter:
+    """The adapters of a folder, under our names."""
+
+    low_rank: LowRank
+    """What `lora` says of them."""
+    tensors: Mapping[str, Tensor]
+    """Our key -> values; matrices that were trained beside them too."""
+
+    @property
+    def block(self) -> dict[str, Any]:
+        """The value of the key `lora`."""
+        return self.low_rank.block()
+
+
+def read_adapter(path: Path, folder: Folder, dims: ModelDims) -> PeftAdapter:
+    """Reads the folder of an adapter.
+
+    Raises ConfigError for other adapters than plain low-rank updates, and RunError for updates of matrices that cannot
+    have one here, each by its name.
+
+    Args:
+        path: The folder that peft wrote.
+        folder: The model.
+        dims: Its sizes, without adapters.
+    """
+    settings = _settings(path)
+    named = _named(path)
+    table = {row.ours.removesuffix(".weight"): row for row in folder.family.table(dims)}
+    modules = {
+        module: _updates_of(row, named, settings)
+        for module, row in table.items()
+        if module.partition(".")[2] in TARGETS.values()
+    }
+    saved = _saved(folder, dims, named)
+    if named:
+        what = f"updates that have no place here: {', '.join(sorted(named)[:8])}"
+        hint = "these may be adapted: " + ", ".join(TARGETS) + "; merge others into the model with peft"
+        raise RunError.of(what, location=str(path), hint=hint)
+    found = {module: parts for module, parts in modules.items() if parts}
+    if not found:
+        raise RunError.of("it has no low-rank update", location=str(path))
+    asked = _low_rank(found, settings, tuple(name for name in SAVED if name in saved))
+    targets = set(asked.modules())
+    shapes = {module: row for module, row in table.items() if module.partition(".")[2] in targets}
+    values = dict(_factors(shapes, modules, asked, folder))
+    return PeftAdapter(asked, values | {key: tensor for tensors in saved.values() for key, tensor in tensors.items()})
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    if not (path / CONFIG).is_file() or not (path / WEIGHTS).is_file():
+        what = f"it holds no {CONFIG} with {WEIGHTS}"
+        raise ConfigError.of(what, location=str(path), hint="give a folder that peft's save_pretrained wrote")
+    found = files.read_json(path / CONFIG)
+    if not isinstance(found, dict):
+        raise ConfigError.of("this is no object", location=str(path / CONFIG))
+    ConfigError.raise_any(
+        ConfigIssue(f"only {usual!r} can be taken over", key=key, value=found[key], location=str(path / CONFIG))
+        for key, usual in _UNREAD.items()
+        if found.get(key, usual) not in (usual, None, False)
+    )
+    if not isinstance(found.get("r"), int) or found["r"] < 1:
+        raise ConfigError.of("the rank must be at least 1", key="r", value=found.get("r"), location=str(path / CONFIG))
+    return found
+
+
+def _named(path: Path) -> dict[str, Tensor]:
+    """Its tensors by the names of the model's."""
+    reader = safetensors_format.Reader(path / WEIGHTS)
+    return {name.removeprefix(PREFIX): reader.tensor(name) for name in reader.names()}
+
+
+def _updates_of(row: TensorMapping, named: dict[str, Tensor], settings: Mapping[str, Any]) -> dict[str, _Update]:
+    """Takes the updates of the matrices of a row out of `named`: name of the matrix -> update."""
+    found = {}
+    for name in row.theirs:
+        module = name.removesuffix(".weight")
+        down, up = (named.pop(f"{module}.{part}.weight", None) for part in ("lora_A", "lora_B"))
+        if down is not None and up is not None:
+            found[name] = _Update(down.float(), up.float() * _factor(module, len(down), settings))
+    return found
+
+
+def _factor(module: str, rank: int, settings: Mapping[str, Any]) -> float:
+    """Returns the factor of an update: alpha / rank, or over its root."""
+    alpha = settings.get("lora_alpha") or settings["r"]
+    for pattern, value in (settings.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            alpha = value
+    return float(alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank))
+
+
+def _joined(updates: Sequence[_Update]) -> list[Tensor]:
+    """Returns the matrices A that an adapter of ours needs for these updates: one where they share it."""
+    first = updates[0].down
+    return [first] if all(each.down.equal(first) for each in updates) else [each.down for each in updates]
+
+
+def _low_rank(
+    found: Mapping[str, Mapping[str, _Update]], settings: Mapping[str, Any], saved: tuple[str, ...]
+) -> LowRank:
+    rank = max(sum(map(len, _joined(list(parts.values())))) for parts in found.values())
+    inside = {module.partition(".")[2] for module in found}
+    factor = _factor("", settings["r"], settings)
+    targets = tuple(name for name, module in TARGETS.items() if module in inside)
+    dropout = float(settings.get("lora_dropout") or 0.0)
+    return LowRank(rank, round(factor * rank, 12), dropout, targets, saved)
+
+
+def _factors(
+    rows: Mapping[str, TensorMapping], modules: Mapping[str, Mapping[str, _Update]], asked: LowRank, folder: Folder
+) -> Iterator[tuple[str, Tensor]]:
+    """A and B of every adapter of ours."""
+    for module, row in rows.items():
+        shapes = [folder.tensors[_stored(name, folder)]().shape for name in row.theirs]
+        sizes = [shape[::-1] if row.turned else shape for shape in shapes]  # [out, in] of each of theirs
+        updates = modules.get(module, {})
+        downs = _joined(list(updates.values())) if updates else []
+        down = _random_down(module, asked.rank, sizes[0][1])
+        ups = [torch.zeros(out, asked.rank) for out, _ in sizes]
+        at = 0
+        for part in downs:
+            down[at : at + len(part)] = part
+            at += len(part)
+        at = 0
+        for name, up in zip(row.theirs, ups, strict=True):
+            if name in updates:
+                width = updates[name].up.shape[1]
+                up[:, at : at + width] = updates[name].up / asked.scale
+                at += width if len(downs) > 1 else 0
+        yield f"{module}.{DOWN}.weight", down
+        yield f"{module}.{UP}.weight", row.together([up.T if row.turned else up for up in ups]).contiguous()
+
+
+def _random_down(module: str, rank: int, inputs: int) -> Tensor:
+    """Returns first values of A [rank, in], the same in every import."""
+    seed = sum(module.encode())
+    bound = 1 / math.sqrt(inputs)
+    return torch.empty(rank, inputs).uniform_(-bound, bound, generator=torch.Generator().manual_seed(seed))
+
+
+def _stored(name: str, folder: Folder) -> str:
+    """Returns the name under which a folder has a tensor; one of the bare model lacks the prefix."""
+    return name if name in folder.tensors else name.removeprefix(folder.family.prefix)
+
+
+def _saved(folder: Folder, dims: ModelDims, named: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Takes embedding and output layer out of `named`: our name of each -> our key -> values."""
+    keys = {"0.word_embeddings.weight": EMBEDDING, f"{dims.num_layers + 4}.final_linear.weight": HEAD}
+    found: dict[str, dict[str, Tensor]] = {}
+    for row in folder.family.table(dims):
+        name = keys.get(row.ours)
+        if name is None:
+            continue
+        for theirs in HEADS if row.theirs[0] in HEADS else row.theirs:
+            if theirs in named:
+                found[name] = {row.ours: named.pop(theirs)}
+    if dims.tied and EMBEDDING in found:
+        for head in HEADS:
+            copy = named.pop(head, None)
+            if copy is not None and not copy.equal(found[EMBEDDING]["0.word_embeddings.weight"]):
+                what = f"{head} is another matrix than the embedding, and the model has one for both"
+                raise RunError.of(what, hint="import the model with tie_word_embeddings: false")
+    return found

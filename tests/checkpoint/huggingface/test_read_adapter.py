@@ -1,0 +1,142 @@
+"""Low-rank updates that `peft` wrote are read beside their model: with peft's logits, and exports give them back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megatron.checkpoint.huggingface.import_model import adopt
+from megatron.checkpoint.huggingface.model_folder import Folder
+from megatron.checkpoint.huggingface.peft_adapter import export_adapter
+from megatron.checkpoint.load.stored_model import open_model
+from megatron.config import Resources, resolve
+from megatron.distributed.mesh import Topology
+from megatron.engine.builder import build_inference_engine
+from megatron.errors import ConfigError, RunError
+from tests.checkpoint.huggingface.models import VOCABULARY, make, save, tokens
+from tools import convert_from_hf
+
+LLAMA = "llama, grouped, biases"
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "queries and values": (LLAMA, {"r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "v_proj"]}),
+    "all": (LLAMA, {"r": 3, "lora_alpha": 6, "target_modules": ALL, "lora_dropout": 0.1}),
+    "one rank for the root": (LLAMA, {"r": 4, "lora_alpha": 6, "use_rslora": True, "target_modules": ["down_proj"]}),
+    "ranks and factors of their own": (
+        LLAMA,
+        {
+            "r": 4,
+            "lora_alpha": 8,
+            "target_modules": ALL,
+            "rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 6},
+            "alpha_pattern": {"o_proj": 32},
+        },
+    ),
+    "some blocks": (LLAMA, {"r": 4, "target_modules": ["o_proj"], "layers_to_transform": [1]}),
+    "turned, joint": ("gpt2", {"r": 4, "target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
+    "joint": ("neox", {"r": 4, "lora_alpha": 2, "target_modules": ["query_key_value", "dense_h_to_4h"]}),
+    "trained matrices": (
+        LLAMA,
+        {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+    ),
+}
+
+
+def write(name: str, folder: Path, **settings: Any) -> Tensor:
+    """Writes the model and an adapter with random values of every matrix. Returns peft's logits."""
+    save(name, folder / "theirs")
+    model = get_peft_model(make(name), LoraConfig(**settings, task_type="CAUSAL_LM"))
+    draws = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=draws) * 0.2)
+        logits: Tensor = model.eval()(tokens()).logits
+    model.save_pretrained(folder / "adapter")
+    return logits
+
+
+def ours(folder: Path, model_size: int = 1) -> Tensor:
+    """Imports both and returns our logits."""
+    made = adopt(Folder.open(folder / "theirs"), folder / "ours", adapter=folder / "adapter", model_size=model_size)
+    keys = {**made.settings, "load": str(folder / "ours"), "seq_length": 24, "user_script": "generate.py"}
+    config = resolve([], keys, Resources(1)).config.for_inference()
+    return build_inference_engine(config, Topology.single(), VOCABULARY).logits(tokens())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_are_those_of_peft(case: str, tmp_path: Path) -> None:
+    name, settings = CASES[case]
+    expected = write(name, tmp_path, **settings)
+    with torch.no_grad():
+        assert not torch.allclose(expected, make(name)(tokens()).logits, atol=1e-2), "the adapter changes something"
+    torch.testing.assert_close(ours(tmp_path, 2 if case == "all" else 1), expected, rtol=1e-4, atol=2e-5)
+
+
+def test_an_export_of_ours_comes_back_bit_by_bit(tmp_path: Path) -> None:
+    """Queries, keys and values then share A, so the rank stays."""
+    write(LLAMA, tmp_path, **CASES["all"][1])
+    ours(tmp_path)
+    export_adapter(open_model(tmp_path / "ours" / "global_step0"), tmp_path / "back")
+    (tmp_path / "second").mkdir()
+    adopt(Folder.open(tmp_path / "theirs"), tmp_path / "again", adapter=tmp_path / "back")
+    export_adapter(open_model(tmp_path / "again" / "global_step0"), tmp_path / "second")
+    first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("back", "second"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    ranks = [json.loads((tmp_path / name / "adapter_config.json").read_text())["r"] for name in ("back", "second")]
+    assert ranks == [9, 9]  # three of three
+
+
+def test_the_tool_writes_the_adapter_into_the_keys(tmp_path: Path) -> None:
+    """And a run goes on with it."""
+    write(LLAMA, tmp_path, **CASES["queries and values"][1])
+    flags = {"--input-dir": "theirs", "--output-dir": "ours", "--adapter": "adapter"}
+    arguments = [word for flag, name in flags.items() for word in (flag, str(tmp_path / name))]
+    assert convert_from_hf.main(arguments) == 0
+    settings = yaml.safe_load((tmp_path / "ours" / "model.yml").read_text())
+    assert settings["lora"] == {
+        "rank": 8,
+        "alpha": 24.0,
+        "dropout": 0.0,
+        "targets": ["query_key_value"],
+        "modules_to_save": [],
+    }
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "another factor": ({"use_dora": True}, "use_dora = True: only False can be taken over"),
+    "biases": ({"bias": "all"}, "bias = 'all': only 'none' can be taken over"),
+    "no rank": ({"r": 0}, "r = 0: the rank must be at least 1"),
+    "another kind": ({"peft_type": "IA3"}, "peft_type = 'IA3': only 'LORA' can be taken over"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_other_adapters_are_refused_by_name(case: str, tmp_path: Path) -> None:
+    changes, reported = REFUSED[case]
+    write(LLAMA, tmp_path, **CASES["queries and values"][1])
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(ConfigError, match=reported):
+        ours(tmp_path)
+
+
+def test_updates_of_other_matrices_are_named(tmp_path: Path) -> None:
+    write(LLAMA, tmp_path, **CASES["queries and values"][1])
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    stored = load_file(path)
+    stored["base_model.model.model.layers.0.mlp.router.lora_A.weight"] = torch.ones(4, 64)
+    save_file(stored, path)
+    with pytest.raises(RunError, match=r"no place here: model\.layers\.0\.mlp\.router\.lora_A\.weight"):
+        ours(tmp_path)
+    with pytest.raises(ConfigError, match=r"it holds no adapter_config\.json with adapter_model\.safetensors"):
+        adopt(Folder.open(tmp_path / "theirs"), tmp_path / "fresh", adapter=tmp_path / "theirs")
