@@ -63,6 +63,12 @@ def parser() -> argparse.ArgumentParser:
         default=0,
         help="0 keeps all layers in one file a rank, more keeps a file a layer (default: 0)",
     )
+    result.add_argument(
+        "--mtp-num-layers",
+        "--mtp_num_layers",
+        type=int,
+        help="modules behind the last block that predict further tokens, to be read too (default: none)",
+    )
     result.add_argument("--adapter", type=Path, help="a folder of peft whose low-rank updates become lora")
     result.add_argument(
         "--precision", choices=["auto", *PRECISIONS], default="auto", help="default: the one that is stored"
@@ -82,6 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
         folder = Folder.open(args.input_dir)
         generation = generation_of(args.input_dir, folder.config)
         further = {**_tokenizer(args.input_dir, output / TOKENIZER, generation), **sampling(generation)}
+        further |= {} if args.mtp_num_layers is None else {"mtp_num_layers": args.mtp_num_layers}
         made = adopt(
             folder,
             output,

@@ -96,6 +96,11 @@ class Folder:
         """Rows of its embedding, from config.json; reading the weights compares."""
         return int(self.config["vocab_size"])
 
+    def rows_of(self, dims: ModelDims) -> list[TensorMapping]:
+        """The rows of the family's table for this folder."""
+        family = self.family
+        return (family.table if family.table_of is None else family.table_of(self.config))(dims)
+
     def weights(self, dims: ModelDims) -> FolderWeights:
         """Its weights under our keys. RunError when it holds tensors that no place of ours takes."""
         return FolderWeights.of(self, dims)
@@ -116,8 +121,7 @@ class FolderWeights:
     def of(folder: Folder, dims: ModelDims) -> FolderWeights:
         """Pairs the table of the family with the tensors that are there."""
         named = _named(folder, dims.mtp_layers)
-        family = folder.family
-        rows = (family.table if family.table_of is None else family.table_of(folder.config))(dims)
+        rows = folder.rows_of(dims)
         _name_tied_embedding(folder, rows, named)
         table: Table = {}
         lacked: list[str] = []

@@ -80,7 +80,7 @@ def read_adapter(path: Path, folder: Folder, dims: ModelDims) -> PeftAdapter:
     """
     settings = _settings(path)
     named = _named(path)
-    table = {row.ours.removesuffix(".weight"): row for row in folder.family.table(dims)}
+    table = {row.ours.removesuffix(".weight"): row for row in folder.rows_of(dims)}
     modules = {
         module: _updates_of(row, named, settings)
         for module, row in table.items()
@@ -202,7 +202,7 @@ def _saved(folder: Folder, dims: ModelDims, named: dict[str, Tensor]) -> dict[st
     """Takes embedding and output layer out of `named`: our name of each -> our key -> values."""
     keys = {"0.word_embeddings.weight": EMBEDDING, f"{dims.num_layers + 4}.final_linear.weight": HEAD}
     found: dict[str, dict[str, Tensor]] = {}
-    for row in folder.family.table(dims):
+    for row in folder.rows_of(dims):
         name = keys.get(row.ours)
         if name is None:
             continue

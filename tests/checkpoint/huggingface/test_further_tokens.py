@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.modeling_layers import MtpModel
@@ -36,6 +37,7 @@ from tests.checkpoint.huggingface.family_runs import (
 from tests.checkpoint.huggingface.models import VOCABULARY, make
 from tests.layouts import pick
 from tests.multi_rank import run_distributed
+from tools import convert_from_hf
 
 DEPTHS, FACTOR = 2, 0.3
 LAYOUTS = pick("one process", "tensor 2, sequence, ZeRO 1", "data 2, experts 2, ZeRO 2", "pipeline 2, accumulation 2")
@@ -196,3 +198,14 @@ def test_generation_leaves_modules_out_and_export_keeps_them(tmp_path: Path) -> 
     assert again_keys == stored.keys()
     for key in sorted(key for key in again_keys if int(key.partition(".")[0]) > settings["num_layers"] + 4):
         assert torch.equal(weights.shards(key)[0], stored.shards(key)[0]), key
+
+
+def test_the_tool_reads_modules_where_the_flag_asks(tmp_path: Path) -> None:
+    settings = write(tmp_path / "theirs")
+    flags = ["--input-dir", str(tmp_path / "theirs"), "--output-dir", str(tmp_path / "ours")]
+    assert convert_from_hf.main([*flags, "--mtp-num-layers", str(DEPTHS)]) == 0
+    assert yaml.safe_load((tmp_path / "ours" / "model.yml").read_text())["mtp_num_layers"] == DEPTHS
+    stored = open_model(tmp_path / "ours" / "global_step0").weights
+    weights = Folder.open(tmp_path / "theirs").weights(dims({**settings, **MODULES}))
+    assert stored.keys() == weights.keys()
+    assert all(torch.equal(stored.shards(key)[0], weights.shards(key)[0]) for key in sorted(weights.keys()))
