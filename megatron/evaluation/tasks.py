@@ -68,6 +68,9 @@ class Tasks:
                 read_arguments(task.get_config("generation_kwargs") or {}, name, own=sampling)
             if fewshot is not None and task.get_config("num_fewshot") != 0:
                 task.set_config(key="num_fewshot", value=fewshot)
+            elif fewshot:
+                message = "task %s fixes its worked examples at 0; eval_num_fewshot = %d is for other tasks"
+                get_logger(__name__).warning(message, name, fewshot)
             elif task.get_config("num_fewshot") is None:
                 task.set_config(key="num_fewshot", value=0)
             name_requests_by_content(task)

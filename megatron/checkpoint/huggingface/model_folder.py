@@ -36,6 +36,8 @@ WRAPPERS = ("_orig_mod.: torch.compile", "module.: DDP and DeepSpeed", "base_mod
 """What programs put before the names of a model that they wrap."""
 SHARED_COPIES = (".embed_tokens.weight", ".shared_head.head.weight")
 """What blocks that predict further tokens repeat of the model."""
+STORES_HEAD = "stores_head"
+"""What `settings` of a family reads beside config.json: whether the files hold an output layer."""
 HEADS = ("lm_head.weight", "embed_out.weight")
 
 Source = Callable[[], Tensor]
@@ -89,7 +91,7 @@ class Folder:
 
     def settings(self) -> Settings:
         """The model as our keys."""
-        return self.family.settings(self.config)
+        return self.family.settings({**self.config, STORES_HEAD: any(name in self.tensors for name in HEADS)})
 
     @property
     def rows(self) -> int:

@@ -1,7 +1,8 @@
 """T5 of transformers: `T5ForConditionalGeneration`, version 1.0 with a tied output layer and 1.1 with one of its own.
 
 Version 1.0 multiplies the output layer's input by d_model ** -0.5. Releases name the version by `tie_word_embeddings`;
-transformers 5 writes true for both, and `scale_decoder_outputs` for the version.
+transformers 5 writes true for both, and `scale_decoder_outputs` for the version. A model of version 1.1 that was made
+there is tied, without the factor.
 """
 
 from __future__ import annotations
@@ -49,7 +50,13 @@ def _misfits(model: ModelSection) -> list[ConfigIssue]:
     expected: dict[str, object] = {"norm": "rmsnorm", "pos_emb": "relative", "softmax_scale": 1.0}
     expected |= {"num_kv_heads": model.num_attention_heads, "use_bias_in_attn_linear": False, "use_bias_in_mlp": False}
     expected["logit_scale"] = (model.hidden_size or 1) ** -0.5 if tied else 1.0
-    errors = unlike(model, expected, "T5") + special_attention(model, "T5")
+    errors = []
+    if tied and model.logit_scale == 1.0:
+        expected.pop("logit_scale")
+        what = "releases before 5 would give this model an output layer of random values, or this factor"
+        hint = "write the output layer as a matrix of its own: convert_to_hf.py --own-head"
+        errors.append(ConfigIssue(what, key="logit_scale", value=1.0, hint=hint))
+    errors += unlike(model, expected, "T5") + special_attention(model, "T5")
     if model.activation not in _BACK:
         what = f"a T5 model has one of {', '.join(sorted(_BACK))}"
         errors.append(ConfigIssue(what, key="activation", value=model.activation))
@@ -82,8 +89,11 @@ def _config(model: ModelSection, padded_vocab_size: int) -> Settings:
 
 def _settings(theirs: Mapping[str, Any]) -> Settings:
     check_config(theirs, {"is_encoder_decoder": True, "is_decoder": False})
-    scaled = theirs.get("scale_decoder_outputs")
-    tied = bool(theirs["tie_word_embeddings"] if scaled is None else scaled)
+    tied, scaled = bool(theirs["tie_word_embeddings"]), theirs.get("scale_decoder_outputs")
+    if scaled is None:
+        scaled = tied
+    else:  # transformers 5 ties every model, and takes an output layer of its own where the files hold one
+        tied = bool(scaled) or not theirs["stores_head"]
     activation = choose(_ACTIVATIONS, theirs, "feed_forward_proj")
     length = theirs.get("n_positions") or LENGTH
     return {
@@ -105,7 +115,7 @@ def _settings(theirs: Mapping[str, Any]) -> Settings:
         "rpe_num_buckets": theirs["relative_attention_num_buckets"],
         "rpe_max_distance": theirs["relative_attention_max_distance"],
         "softmax_scale": 1.0,
-        "logit_scale": theirs["d_model"] ** -0.5 if tied else 1.0,
+        "logit_scale": theirs["d_model"] ** -0.5 if scaled else 1.0,
         "no_weight_tying": not tied,
         "use_bias_in_attn_linear": False,
         "use_bias_in_mlp": False,

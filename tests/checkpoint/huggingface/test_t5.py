@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import T5ForConditionalGeneration
+from transformers import T5Config, T5ForConditionalGeneration
 
 from megatron.checkpoint.huggingface.config_defaults import ALIASES
-from megatron.checkpoint.huggingface.export_model import export
+from megatron.checkpoint.huggingface.export_model import ExportOptions, export
 from megatron.checkpoint.huggingface.families import FAMILIES
 from megatron.checkpoint.huggingface.import_model import adopt
 from megatron.checkpoint.huggingface.model_folder import Folder
@@ -217,6 +217,27 @@ def test_settings_without_a_counterpart_are_refused(settings: dict[str, Any], re
     (tmp_path / "config.json").write_text(json.dumps({**config, **settings}))
     with pytest.raises(ConfigError, match=reported):
         adopt(Folder.open(tmp_path), tmp_path / "ours")
+
+
+def test_a_tied_model_of_version_1_1_has_no_factor(tmp_path: Path) -> None:
+    """Transformers 5 makes such models; for earlier releases an export has the output layer as a matrix of its own."""
+    torch.manual_seed(3)
+    sizes = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    model = T5ForConditionalGeneration(T5Config(**sizes, tie_word_embeddings=False, decoder_start_token_id=0)).eval()
+    model.save_pretrained(tmp_path / "theirs")
+    assert "lm_head.weight" not in load_file(tmp_path / "theirs" / "model.safetensors")
+    settings = Folder.open(tmp_path / "theirs").settings()
+    assert (settings["no_weight_tying"], settings["logit_scale"]) == (False, 1.0)
+    adopt(Folder.open(tmp_path / "theirs"), tmp_path / "ours")
+    with pytest.raises(ConfigError, match=r"logit_scale = 1\.0: releases before 5 .* --own-head"):
+        export(open_model(tmp_path / "ours"), tmp_path / "back", family_name="t5")
+    export(open_model(tmp_path / "ours"), tmp_path / "back", options=ExportOptions(own_head=True))
+    back = T5ForConditionalGeneration.from_pretrained(tmp_path / "back").eval()
+    given = batch()
+    inputs = {"input_ids": given["source"], "decoder_input_ids": given["target"]}
+    with torch.no_grad():
+        one, other = (each(**inputs).logits for each in (model, back))
+    assert torch.equal(one, other)
 
 
 def test_other_names_of_keys_are_read(tmp_path: Path) -> None:
