@@ -6,6 +6,7 @@ import ast
 import re
 from collections.abc import Iterable
 
+from megatron.checkpoint.huggingface.families import FAMILIES
 from megatron.config.config import FIELDS
 from megatron.config.validation.unsupported import GAPS
 from megatron.registry import OBJECTIVES
@@ -25,6 +26,11 @@ def test_the_readme_lists_what_is_not_supported_yet() -> None:
     named = set(re.findall(r"`(\w+)`", section))
     objectives = set(FIELDS["train_impl"].choices) - set(OBJECTIVES.names)
     assert named == {gap.key for gap in GAPS} | {"train_impl"} | objectives
+
+
+def test_the_pages_count_the_families_of_transformers() -> None:
+    for page in ("README.md", "docs/features.md"):
+        assert re.findall(r"(\d+) families", (ROOT / page).read_text())[0] == str(len(FAMILIES)), page
 
 
 def messages(text: str) -> list[str]:
