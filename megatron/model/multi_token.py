@@ -6,8 +6,9 @@ h_k = norm(block(M_k [norm(embedding(t_{i+k})), norm(h_{k-1})])). Embedding and 
 is lambda / D times the sum of the D modules' losses, each divided by the number of tokens that the model's own loss is
 divided by (equations 21 to 25).
 
-The tokens that follow are the labels of the model's own loss, so labels and their weights are shifted by k - 1 for the
-input and by k for the target. Where documents are kept apart, no token learns from another document than its own.
+The tokens that follow are the labels of the model's own loss, those that do not count too, so labels and their weights
+are shifted by k - 1 for the input and by k for the target. Where documents are kept apart, no token learns from another
+document than its own.
 
 In a pipeline the modules are on the last stage. They have no cache: generation does without them.
 

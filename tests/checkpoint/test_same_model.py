@@ -49,6 +49,7 @@ def flat(**values: Any) -> dict[str, Any]:
         ("moe_top_k", EXPERTS, {**EXPERTS, "moe_top_k": 1}),
         ("moe_normalize_top_k", EXPERTS, {**EXPERTS, "moe_normalize_top_k": True}),
         ("lora", UPDATES, {"lora": {"rank": 4}}),
+        ("softmax_type", {}, {"softmax_type": "off-by-one"}),
     ],
 )
 def test_another_model_is_refused(key: str, then: dict[str, Any], now: dict[str, Any], caplog: Any) -> None:
@@ -96,3 +97,21 @@ def test_the_same_model_is_taken(then: dict[str, Any], now: dict[str, Any], capl
 
 def test_an_older_checkpoint_says_less() -> None:
     same_model({}, flat(), WHERE, finetune=False)
+
+
+@pytest.mark.parametrize(
+    "now", [{"softmax_type": "off-by-one"}, {"activation": "swiglu", "glu_linear_offset": 1.0}, {"logit_scale": 0.5}]
+)
+def test_a_checkpoint_without_a_later_key_has_its_default(now: dict[str, Any]) -> None:
+    own = flat(**now)
+    key = list(now)[-1]
+    stored = {name: value for name, value in own.items() if name != key}
+    with pytest.raises(ConfigError, match=rf"{key} = .* was trained with (None|'vanilla'|0\.0|1\.0), and with another"):
+        same_model(stored, own, WHERE, finetune=False)
+    same_model({}, own, WHERE, finetune=False)  # a checkpoint that says nothing of its model
+
+
+def test_a_change_of_tensors_is_no_matter_for_finetune() -> None:
+    with pytest.raises(ConfigError, match="softmax_type = 'vanilla'") as reported:
+        same_model(flat(softmax_type="learnable"), flat(), WHERE, finetune=False)
+    assert "finetune" not in str(reported.value)

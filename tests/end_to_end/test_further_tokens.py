@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from megatron.config import Config
@@ -16,7 +17,7 @@ from megatron.data.dataset.batch import MicroBatch
 from megatron.distributed.mesh import Topology
 from tests.end_to_end import engines
 from tests.end_to_end.engines import PIPELINE, SAVED, TENSOR, Curves, agree, batches, train
-from tests.multi_rank import run_distributed
+from tests.multi_rank import RankFailedError, run_distributed
 from tests.options import Keys
 
 CASES: dict[str, Keys] = {
@@ -69,3 +70,6 @@ def test_tensor_and_pipeline_ranks_are_one_process(tmp_path: Path) -> None:
     assert all(curve[-1][0] < curve[0][0] for curve in expected.values())
     agree(run(2, TENSOR, tmp_path), expected)
     agree(run(2, PIPELINE, tmp_path, resumed=True), {name: curve[SAVED:] for name, curve in expected.items()})
+    plain = {"one matrix": {key: value for key, value in CASES["one matrix"].items() if key != "mtp_num_layers"}}
+    with pytest.raises(RankFailedError, match="which this run would lose"):
+        run_distributed(train, 1, plain, {}, str(tmp_path), True, timeout=300)

@@ -304,8 +304,12 @@ def _without_further_tokens(checkpoint: Checkpoint, found: set[str]) -> set[str]
         return found
     remaining = {key for key in found if int(key.partition(".")[0]) <= checkpoint.output_layer}
     if len(remaining) < len(found):
-        left, of = len(found) - len(remaining), "of modules that predict further tokens (mtp_num_layers) are left out"
-        _log.info("%s: %d tensors %s", checkpoint.directory, left, of)
+        left, of = len(found) - len(remaining), "of modules that predict further tokens (mtp_num_layers)"
+        if checkpoint.with_optimizer:
+            hint = "set mtp_num_layers as that run did, or finetune: true to train on without them"
+            what = f"it has {left} tensors {of}, which this run would lose"
+            raise RunError.of(what, location=str(checkpoint.directory), hint=hint)
+        _log.info("%s: %d tensors %s are left out", checkpoint.directory, left, of)
     return remaining
 
 

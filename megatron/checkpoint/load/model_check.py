@@ -13,10 +13,11 @@ from typing import Any
 
 from megatron.adapter_config import SAVED, low_rank
 from megatron.checkpoint.format.optimizer_shards import OptimizerState
+from megatron.config.config import FIELDS
 from megatron.errors import ConfigError, ConfigIssue
 from megatron.log import get_logger
 from megatron.param_table import NAMED_KINDS, TensorShape, is_adapter_tensor
-from megatron.registry import WITHOUT_ATTENTION
+from megatron.registry import LEARNABLE, WITHOUT_ATTENTION
 
 _log = get_logger(__name__)
 
@@ -93,6 +94,14 @@ _ADJUSTED: dict[str, Concerned] = {
     "scalenorm_epsilon": lambda values: values["norm"] == "scalenorm",
 }
 """Keys that are changed on purpose at times, as for longer texts: a warning, no error."""
+_LATER = frozenset(
+    {
+        *("softmax_type", "activation_func_clamp_value", "glu_linear_offset", "norm_placement", "softmax_scale"),
+        *("scale_embeddings", "embedding_multiplier", "residual_multiplier", "logit_scale"),
+        *("attn_logit_softcapping", "final_logit_softcapping"),
+    }
+)
+"""Keys that checkpoints of earlier releases lack, whose models are those of the default."""
 _SAME = {"flash": "global", "te_rmsnorm": "rmsnorm", "te_layernorm": "layernorm", "swish": "silu"}
 
 
@@ -101,7 +110,7 @@ def same_model(stored: Values, own: Values, location: Path, *, finetune: bool) -
 
     Args:
         stored: Flat keys of the checkpoint's configuration and of the reader's; keys that the stored one lacks are not
-            compared.
+            compared, but for those of later releases, which have their default there.
         own: See `stored`.
         location: The checkpoint, for messages.
         finetune: Training starts anew from the weights, so that every change is a warning and none is refused.
@@ -116,16 +125,17 @@ def same_model(stored: Values, own: Values, location: Path, *, finetune: bool) -
             key,
             own[key],
             location,
-            stored[key],
+            _value(stored, key),
         )
     if not finetune:
         ConfigError.raise_any(
             ConfigIssue(
-                f"the checkpoint {location} was trained with {stored[key]!r}, and with another value its weights are "
-                "another model",
+                f"the checkpoint {location} was trained with {_value(stored, key)!r}, and with another value its "
+                "weights are another model",
                 key=key,
                 value=own[key],
-                hint="give the value of that run; finetune: true trains on with another one",
+                hint="give the value of that run"
+                + ("" if _changes_tensors(key, stored, own) else "; finetune: true trains on with another one"),
             )
             for key in differing
         )
@@ -159,14 +169,25 @@ def _listed(names: set[str]) -> str:
 
 def _differing(keys: Mapping[str, Concerned], stored: Values, own: Values) -> Iterator[str]:
     for key, concerns in keys.items():
-        if key not in stored or not concerns(own):
+        known = key in stored or (key in _LATER and "hidden_size" in stored)
+        if not known or not concerns(own):
             continue
         if key == "lora":
             then, now = low_rank(stored[key]), low_rank(own[key])
             if then and now and then.rank == now.rank and then.scale != now.scale:  # another rank: other tensors
                 yield key
-        elif _meaning(stored[key]) != _meaning(own[key]):
+        elif _meaning(_value(stored, key)) != _meaning(own[key]):
             yield key
+
+
+def _value(stored: Values, key: str) -> Any:
+    """Returns the value of a checkpoint's configuration, the default where it lacks a key of later releases."""
+    return stored.get(key, FIELDS[key].default)
+
+
+def _changes_tensors(key: str, stored: Values, own: Values) -> bool:
+    """Returns whether a model with the other value has other tensors, so that it cannot be trained on either."""
+    return key == "softmax_type" and LEARNABLE in (stored.get(key), own[key])
 
 
 def _meaning(value: Any) -> Any:

@@ -24,7 +24,7 @@ class MicroBatch:
     labels: Tensor
     """int64 [b, s], the tokens one position further on; the masked tokens of a masked language model."""
     loss_mask: Tensor
-    """float32 [b, s], 0 where a label does not count; the label there is some valid id."""
+    """float32 [b, s], 0 where a label does not count; the label is the next token there too."""
     document_starts: Tensor | None = None
     """int64 [b, s], the position at which the document of each token starts; given where attention or positions are
     reset there.
@@ -129,7 +129,7 @@ def make_batch(
     if labels is not None:
         counted = targets >= 0
         loss_mask *= counted
-        targets *= counted
+        targets = targets.where(counted, samples[:, 1:])  # modules of multi-token prediction read them as tokens
     ends = eod if labels is None else None
     batch = MicroBatch(
         tokens,
