@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,13 @@ class Run:
         _, left = psutil.wait_procs(family, timeout=5)
         assert not left, left
         return code
+
+    def stop(self) -> None:
+        """Kills what still runs of it."""
+        if self.process.poll() is None:
+            for each in (*self.family(), psutil.Process(self.process.pid)):
+                with suppress(psutil.NoSuchProcess):
+                    each.kill()
 
     def said(self) -> str:
         return (self.folder / "output.txt").read_text()

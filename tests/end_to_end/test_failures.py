@@ -8,6 +8,7 @@ import random
 import re
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from tests.multi_rank import RankFailedError, run_distributed
 
 
 @pytest.fixture(scope="module")
-def frozen(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Run, int]]:
+def frozen(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[Run, int]]]:
     """A run that trains and one whose model writes; rank 1 stops in the middle of it, as a machine that hangs does.
 
     Only the other rank can tell. Both run at once, since most of the time they wait.
@@ -35,16 +36,20 @@ def frozen(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     # Rows for long steps: rank 1 then stops within one, not between two.
     training = Run(folder / "trains", {"data_path": dataset, "train_batch_size": 128})
     writing = Run(folder / "writes", settings, "generate.py")
-    training.reach(3)
-    texts = writing.folder / "texts.jsonl"
-    writing.wait(lambda: texts.exists() and texts.stat().st_size > 0)
-    families = [run.family() for run in (training, writing)]
-    for run in (training, writing):
-        run.worker(1).send_signal(signal.SIGSTOP)
-    return {
-        "trains": (training, training.end(LIMIT + 15, families[0])),
-        "writes": (writing, writing.end(LIMIT + 15, families[1])),
-    }
+    try:
+        training.reach(3)
+        texts = writing.folder / "texts.jsonl"
+        writing.wait(lambda: texts.exists() and texts.stat().st_size > 0)
+        families = [run.family() for run in (training, writing)]
+        for run in (training, writing):
+            run.worker(1).send_signal(signal.SIGSTOP)
+        yield {
+            "trains": (training, training.end(LIMIT + 40, families[0])),
+            "writes": (writing, writing.end(LIMIT + 40, families[1])),
+        }
+    finally:
+        for run in (training, writing):
+            run.stop()
 
 
 def test_a_frozen_rank_is_named(frozen: dict[str, tuple[Run, int]]) -> None:
