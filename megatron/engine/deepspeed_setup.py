@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from deepspeed.utils import groups, set_z3_leaf_module
 from torch.nn import Module
@@ -78,6 +79,7 @@ def mark_gathered_blocks(model: Module) -> None:
     for module in model.modules():
         if isinstance(module, Block) and module.zero3_gather_together:
             set_z3_leaf_module(module, True)
+            module.register_forward_pre_hook(_ask_for_gradient)
 
 
 def silence_deepspeed() -> None:
@@ -87,3 +89,14 @@ def silence_deepspeed() -> None:
     warnings.filterwarnings("ignore", message=".*is deprecated. Please use", category=FutureWarning)
     # Its pipeline broadcasts a loss that has a gradient function; no gradient passes through that.
     warnings.filterwarnings("ignore", message=".*c10d::broadcast_: an autograd kernel was not registered")
+
+
+def _ask_for_gradient(module: Module, inputs: tuple[Any, ...]) -> None:
+    """Lets the input of a block have a gradient, behind a frozen embedding too.
+
+    ZeRO 3 releases the parameters that it gathers together when the gradients of their inputs are there; without such
+    an input it would release them before the backward pass.
+    """
+    sharded = any(hasattr(parameter, "ds_id") for parameter in module.parameters())
+    if sharded and torch.is_grad_enabled() and not inputs[0].requires_grad:
+        inputs[0].requires_grad_()

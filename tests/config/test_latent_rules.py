@@ -35,10 +35,6 @@ LATENT: dict[str, Any] = {
         ({"use_qk_layernorm": True}, "its norms are on the latents"),
         ({"attention_config": ["local", "global"]}, "blocks of kind local have no layout"),
         ({"lora": {"rank": 4}}, "there is no query_key_value"),
-        (
-            {"lora": {"rank": 4, "targets": ["dense"]}, "zero_optimization": {"stage": 3}},
-            "with multi_latent_attention and lora ZeRO 3 does not gather the adapters for the backward pass",
-        ),
         ({"te_mha": True}, "Transformer Engine's attention has one joint projection"),
         ({"model_parallel_size": 8, "global_num_gpus": 8}, "num_attention_heads = 4: model_parallel_size = 8"),
         (

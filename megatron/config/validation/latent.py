@@ -77,12 +77,6 @@ def _adapters_have_matrices(config: Config) -> Iterator[ConfigIssue]:
     if adapter is not None and "query_key_value" in adapter.targets:
         what = f"with {KEY} there is no query_key_value, and the projections of latents take no low-rank updates"
         yield ConfigIssue(what, key="lora", value=config.model.lora, hint="write targets: [dense]")
-    recompute = config.recompute
-    recomputed = recompute.checkpoint_activations or recompute.recompute_granularity == "full"
-    if adapter is not None and config.deepspeed.zero_stage == 3 and not recomputed:
-        what = f"with {KEY} and lora ZeRO 3 does not gather the adapters for the backward pass"
-        hint = "use stage 2, or checkpoint_activations: true"
-        yield ConfigIssue(what, key="zero_optimization", value=config.deepspeed.zero_optimization, hint=hint)
 
 
 def _one_scale_of_scores(config: Config) -> Iterator[ConfigIssue]:
