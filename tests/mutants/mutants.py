@@ -162,8 +162,8 @@ MUTANTS = (
     Mutant(
         "YaRN scales the fast pairs",
         "model/positions/rope_frequencies.py",
-        "plain / factor * slow + plain * (1 - slow)",
-        "plain * slow + plain / factor * (1 - slow)",
+        "plain / factor * scaled_part + plain * (1 - scaled_part)",
+        "plain * scaled_part + plain / factor * (1 - scaled_part)",
         ("model/test_positions_against_transformers.py",),
     ),
     Mutant(

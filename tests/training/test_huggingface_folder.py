@@ -47,7 +47,9 @@ def test_a_model_of_no_family_ends_the_run_before_it_starts(dataset: str, tmp_pa
 
 
 def test_a_program_that_fails_is_one_line_and_the_next_one_runs(tmp_path: Path) -> None:
-    code = "import sys, pathlib; sys.exit('no room') if sys.argv[1].endswith('2') else pathlib.Path(sys.argv[2]).mkdir()"
+    code = (
+        "import sys, pathlib; sys.exit('no room') if sys.argv[1].endswith('2') else pathlib.Path(sys.argv[2]).mkdir()"
+    )
     said: list[str] = []
     programs = FolderPrograms([sys.executable, "-c", code], 2, "copies", said.append)
     for number in (1, 2, 4):
