@@ -97,6 +97,7 @@ def _ask_for_gradient(module: Module, inputs: tuple[Any, ...]) -> None:
     ZeRO 3 releases the parameters that it gathers together when the gradients of their inputs are there; without such
     an input it would release them before the backward pass.
     """
-    sharded = any(hasattr(parameter, "ds_id") for parameter in module.parameters())
-    if sharded and torch.is_grad_enabled() and not inputs[0].requires_grad:
+    if inputs[0].requires_grad or not torch.is_grad_enabled():
+        return
+    if any(hasattr(parameter, "ds_id") for parameter in module.parameters()):  # ZeRO 3 shards them
         inputs[0].requires_grad_()
