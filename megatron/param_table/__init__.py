@@ -1,7 +1,8 @@
 """Table of a model's tensors: layer index, name, global shape and shard dimension."""
 
 from megatron.param_table.adapters import DOWN, NAMED_KINDS, PROMPT, UP, is_adapter_tensor, trainable_tensors
-from megatron.param_table.dims import LatentDims, MixerDims, MixtureDims, ModelDims
+from megatron.param_table.dims import LatentDims, MixtureDims, ModelDims
+from megatron.param_table.mixer_dims import MixerDims
 from megatron.param_table.mixers import recurrent_state_shapes
 from megatron.param_table.parts import FIRST_BLOCK, key_in_table
 from megatron.param_table.table import tensors

@@ -1,0 +1,59 @@
+"""Sizes of blocks without attention; as plain as the other sizes in dims.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class MixerDims:
+    """Widths of Mamba, RWKV and gMLP blocks; 0 in a model without such blocks."""
+
+    mamba_inner: int = 0
+    """Channels of Mamba."""
+    mamba_state: int = 16
+    """State of a channel."""
+    mamba_convolution: int = 4
+    """Width of the convolution."""
+    mamba_rank: int = 0
+    """Rank of the step projection."""
+    mamba_conv_bias: bool = True
+    """Whether the convolution has a bias."""
+    mamba_linear_bias: bool = False
+    """Whether the projections have biases."""
+    rwkv_attention: int = 0
+    """Width of RWKV's time mixing."""
+    rwkv_head: int = 0
+    """Width of one of its heads."""
+    rwkv_ffn: int = 0
+    """Width of its channel mixing."""
+    gmlp_positions: int = 0
+    """Positions that a gMLP mixes."""
+    gmlp_width: int = 0
+    """Width of each half of a gMLP."""
+    gmlp_attention: int = 0
+    """Width of aMLP's small attention."""
+
+    @classmethod
+    def of(cls, model: Any, mixers: Any) -> MixerDims:
+        """Reads objects with the keys of the configuration's model and mixers sections."""
+        hidden = model.hidden_size
+        attention = mixers.dim_att or hidden
+        return cls(
+            mamba_inner=2 * hidden,
+            mamba_rank=-(-hidden // 16),
+            mamba_conv_bias=mixers.mamba_use_bias_in_conv,
+            mamba_linear_bias=mixers.mamba_use_bias_in_linears,
+            rwkv_attention=attention,
+            rwkv_head=mixers.head_size or attention // model.num_attention_heads,
+            rwkv_ffn=mixers.ffn_dim or rwkv_ffn_width(hidden, model.intermediate_size, model.expansion_factor),
+            gmlp_positions=model.seq_length,
+            gmlp_width=model.mlp_width,
+            gmlp_attention=mixers.gmlp_attn_dim,
+        )
+
+
+def rwkv_ffn_width(hidden: int, intermediate_size: int | None, expansion_factor: float | None) -> int:
+    """Returns the width of the channel mixing: 3.5 x hidden_size by default, rounded down to a multiple of 32."""
+    return (intermediate_size or int((expansion_factor or 3.5) * hidden)) // 32 * 32
