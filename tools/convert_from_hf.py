@@ -45,7 +45,7 @@ from megatron.tokenizers.from_folder import find_tokenizer
 from megatron.tokenizers.round_trip import reading_notes
 from megatron.tokenizers.sentence_piece import SPMTokenizer
 from megatron.tokenizers.sentence_piece_json import is_unigram
-from megatron.tokenizers.tokenizer_config import retain_reading
+from megatron.tokenizers.tokenizer_config import retain_reading, unapplied_cleanup
 
 
 def parser() -> argparse.ArgumentParser:
@@ -138,8 +138,9 @@ def _tokenizer(source: Path, target: Path, generation: dict[str, Any]) -> dict[s
 
 
 def _notes(target: Path) -> list[str]:
-    """Lines about texts of a .model that transformers, sentencepiece and this program do not read alike."""
-    lines: list[str] = []
+    """Lines about texts that transformers, sentencepiece and this program do not read or write alike."""
+    cleanup = unapplied_cleanup(target)
+    lines = [cleanup] if cleanup else []
     for path in sorted(target.glob("*.model")):
         try:
             tokenizer = SPMTokenizer(str(path))

@@ -22,6 +22,7 @@ FILE_CLASS = "PreTrainedTokenizerFast"
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
 MODEL = "config.json"
+_EVEN_FOR_MERGES = "_for_bpe_even_though_it_will_corrupt_output"
 _LLAMA, _CODE_LLAMA = "LlamaTokenizer", "CodeLlamaTokenizer"
 # fmt: off
 _AS_WRITTEN = frozenset({
@@ -78,6 +79,26 @@ def read_beside(file: str | Path | None) -> Beside:
         adds_begin=found.get("add_bos_token") is True,
         splits_special=found.get("split_special_tokens") is True,
         blank=_blank(found),
+    )
+
+
+def unapplied_cleanup(folder: Path) -> str | None:
+    """A line where `transformers` takes blanks out of decoded texts that this program leaves in, else None.
+
+    `clean_up_tokenization_spaces` removes the blank before `.`, `,`, `?`, `!` and English short forms, but not with
+    tokens made by merges. The decoder of a WordPiece file does the same by itself.
+    Source: transformers 5.23, tokenization_utils_tokenizers.py (_decode).
+    """
+    content = _read(folder / TOKENIZER)
+    model, decoder = content.get("model") or {}, content.get("decoder") or {}
+    forced = read_settings(folder / CONFIG)
+    asked = forced.get("clean_up_tokenization_spaces") is True
+    merges = model.get("type") == "BPE" and not forced.get(f"clean_up_tokenization_spaces{_EVEN_FOR_MERGES}")
+    if not content or not asked or merges or decoder.get("cleanup"):
+        return None
+    return (
+        f"{CONFIG}: clean_up_tokenization_spaces is not applied: transformers takes the blank before . , ? ! out of "
+        "decoded texts, where they are as their tokens spell them here"
     )
 
 
