@@ -15,11 +15,14 @@ from typing import Any
 
 TARGETS = {
     "query_key_value": "attention.query_key_value",
+    "output_gate": "attention.output_gate",
     "dense": "attention.dense",
     "dense_h_to_4h": "mlp.linear1",
     "dense_4h_to_h": "mlp.linear2",
 }
 """The matrices that `lora` may target: name -> the module inside its block."""
+GATE = "output_gate"
+"""The target that only models with `attention_output_gate` have; `all` names it for those."""
 EMBEDDING, HEAD = "embedding", "head"
 SAVED = (EMBEDDING, HEAD)
 """The names of `modules_to_save`: the word embedding and the output layer."""
@@ -120,7 +123,14 @@ def targets(block: Block) -> list[str]:
     """Returns the targets of a `lora` block by their names in TARGETS; query_key_value by default."""
     given = block.get("targets") or "query_key_value"
     listed = [given] if isinstance(given, str) else list(given)
-    return list(TARGETS) if ALL in listed else [ALIASES.get(name, name) for name in listed]
+    every = [name for name in TARGETS if name != GATE or GATE in listed]
+    return every if ALL in listed else [ALIASES.get(name, name) for name in listed]
+
+
+def takes_all(block: Block) -> bool:
+    """Returns whether a `lora` block asks for every matrix of the model."""
+    given = block.get("targets") or ()
+    return ALL in ([given] if isinstance(given, str) else list(given))
 
 
 def modules_to_save(block: Block) -> list[str]:

@@ -101,6 +101,8 @@ PART_CASES: dict[str, Keys] = {
     "bounds, own output layer": {"final_logit_softcapping": 3.0, "no_weight_tying": True, "pos_emb": "alibi"},
     "sinks": {"softmax_type": "learnable", "sliding_window_width": 7, "num_kv_heads": 2},
     "one more term, biased scores": {"softmax_type": "off-by-one", "pos_emb": "alibi", "gpt_j_residual": True},
+    "output gate": {"attention_output_gate": True, "num_kv_heads": 2},
+    "output gate, parallel": {"attention_output_gate": True, "gpt_j_residual": True, "add_qkv_bias": False},
     "bounded gates": {
         "activation": "quick_geglu",
         "activation_func_clamp_value": 0.02,

@@ -52,7 +52,7 @@ def attention_block(dims: ModelDims, block: int) -> list[TensorShape]:
 
 
 def projections(dims: ModelDims, layer: int) -> list[TensorShape]:
-    """Returns the joint projection of queries, keys and values, and the norms of queries and keys."""
+    """Returns the joint projection of queries, keys and values, the norms of queries and keys, and the output gate."""
     query, kv = dims.query_size, dims.kv_size
     sections = (query, kv, kv) if dims.grouped else ()
     table = column(layer, "attention.query_key_value", query + 2 * kv, dims.hidden_size, dims.has_qkv_bias, sections)
@@ -60,6 +60,8 @@ def projections(dims: ModelDims, layer: int) -> list[TensorShape]:
         widths, cut = ((query, kv), 0) if dims.qk_norm_across else ((dims.head_dim, dims.head_dim), None)
         table += norm(dims, layer, "attention.q_layernorm", widths[0], cut)
         table += norm(dims, layer, "attention.k_layernorm", widths[1], cut)
+    if dims.output_gate:
+        table += column(layer, "attention.output_gate", query, dims.hidden_size, dims.has_qkv_bias)
     return table
 
 

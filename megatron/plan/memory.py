@@ -138,7 +138,7 @@ def block_activations(dims: ModelDims, layout: ActivationLayout, block: int = 0)
 
 def _between(dims: ModelDims, block: int) -> int:
     """Returns how many outputs of norms are saved for the weight gradients of the next layers."""
-    attention = dims.saves_input("query_key_value")
+    attention = dims.saves_input("query_key_value") or (dims.output_gate and dims.saves_input("output_gate"))
     mlp = dims.saves_input("dense_h_to_4h") and not (dims.frozen and dims.has_experts(block))
     return int(attention or mlp) if dims.shared_norm else int(attention) + int(mlp)
 
@@ -149,6 +149,7 @@ def _updates(dims: ModelDims, layout: ActivationLayout, block: int) -> int:
     if adapter is None:
         return 0
     widths = {"query_key_value": dims.hidden_size, "dense": dims.value_size // layout.model_parallel_size}
+    widths |= {"output_gate": dims.hidden_size} if dims.output_gate else {}
     if not dims.has_experts(block):
         widths |= {"dense_h_to_4h": dims.hidden_size, "dense_4h_to_h": dims.mlp_width // layout.model_parallel_size}
     inputs = [width for name, width in widths.items() if name in adapter.targets]
@@ -234,7 +235,8 @@ def _attention(dims: ModelDims, layout: ActivationLayout, block: int) -> int:
     """Returns the saved bytes of the attention core, its projection, and the norms of queries and keys."""
     projected = 0 if dims.saves_input("dense") else dims.value_size // layout.model_parallel_size
     core = _core(dims, layout, block) if dims.latent is None else _latent_core(dims, dims.latent, layout, block)
-    return core + _head_norms(dims, layout) - layout.tokens * projected * layout.width
+    gate = 2 * dims.query_size // layout.model_parallel_size if dims.output_gate else 0  # its sigmoid, the product
+    return core + _head_norms(dims, layout) + layout.tokens * (gate - projected) * layout.width
 
 
 def _latent_core(dims: ModelDims, latent: LatentDims, layout: ActivationLayout, block: int) -> int:

@@ -50,6 +50,7 @@ def flat(**values: Any) -> dict[str, Any]:
         ("moe_normalize_top_k", EXPERTS, {**EXPERTS, "moe_normalize_top_k": True}),
         ("lora", UPDATES, {"lora": {"rank": 4}}),
         ("softmax_type", {}, {"softmax_type": "off-by-one"}),
+        ("attention_output_gate", {}, {"attention_output_gate": True}),
     ],
 )
 def test_another_model_is_refused(key: str, then: dict[str, Any], now: dict[str, Any], caplog: Any) -> None:

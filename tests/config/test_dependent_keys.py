@@ -38,6 +38,7 @@ WHERE_IT_MATTERS: dict[str, tuple[Any, dict[str, Any] | None]] = {
     "layer_type_options": ({"a": {}}, {"layer_types": ["a", "a"]}),
     "add_qkv_bias": (False, {"attention_config": ["global", "global"]}),
     "softmax_type": ("off-by-one", {"attention_config": ["global", "global"]}),
+    "attention_output_gate": (True, {"attention_config": ["global", "global"]}),
     "activation_func_clamp_value": (7.0, {"activation": "swiglu"}),
     "glu_linear_offset": (1.0, {"activation": "swiglu"}),
     "softmax_scale": (0.1, {"attention_config": ["global", "global"]}),
@@ -211,7 +212,10 @@ WHERE_IT_DOES_NOT: dict[str, dict[str, Any]] = {
     "use_apex_adam": {"optimizer": {"type": "lion", "params": {"lr": 1e-4}}},
     **{
         key: {"attention_config": ["mamba", "mamba"]}
-        for key in ("add_qkv_bias", "softmax_scale", "softmax_type", "attn_logit_softcapping")
+        for key in (
+            *("add_qkv_bias", "softmax_scale", "softmax_type", "attn_logit_softcapping"),
+            "attention_output_gate",
+        )
     },
     "layer_types": {"attention_config": ["mamba", "mamba"], "layer_type_options": {"a": {}}},
     "layernorm_epsilon": {"norm": "rmsnorm"},

@@ -57,6 +57,12 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
         {**SINKS, "multi_latent_attention": True, "pos_emb": "rotary"},
         "multi_latent_attention = True: softmax_type is learnable: latent attention sums the keys alone",
     ),
+    (
+        1,
+        {"attention_output_gate": True, "multi_latent_attention": True, "pos_emb": "rotary"},
+        "attention_output_gate = True: multi_latent_attention is on: its heads have values of another width",
+    ),
+    (1, {"lora": {"rank": 4, "targets": ["output_gate"]}}, "the model has no output_gate (attention_output_gate); lea"),
     (1, {"layer_types": ["sliding"]}, "layer_types = ['sliding']: this makes 1 block, but num_layers = 2"),
     (
         1,

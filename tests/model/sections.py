@@ -63,6 +63,7 @@ def model_section(**changes: object) -> Any:
         "layer_type_options": None,
         "softmax_scale": None,
         "softmax_type": "vanilla",
+        "attention_output_gate": False,
         "activation_func_clamp_value": None,
         "glu_linear_offset": 0.0,
         "attn_logit_softcapping": None,

@@ -69,6 +69,8 @@ CASES: dict[str, dict[str, Any]] = {
     "latents of queries, wide values": {**LATENTS, "q_lora_rank": 48, "v_head_dim": 48},
     "latents, dropout": {**LATENTS, **DROPOUT},
     "sinks": {**LLAMA, "softmax_type": "learnable", "sliding_window_width": 32},
+    "output gate": {**LLAMA, "attention_output_gate": True},
+    "output gate, updates": {**LLAMA, "attention_output_gate": True, "lora": {"rank": 8, "targets": "all"}},
     "bounded gates": {**LLAMA, "activation": "quick_geglu", "activation_func_clamp_value": 7.0},
     "dropped updates": {**NEOX, "gpt_j_tied": True, "lora": {"rank": 8, "targets": "all", "dropout": 0.1}},
     "updates, llama": {**LLAMA, "lora": {"rank": 8, "targets": ["dense", "dense_4h_to_h"]}},

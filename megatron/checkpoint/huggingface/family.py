@@ -35,6 +35,7 @@ PARTS: Mapping[str, object] = {
     "multi_latent_attention": False,
     "mtp_num_layers": None,
     "softmax_type": VANILLA,
+    "attention_output_gate": False,
     "activation_func_clamp_value": None,
     "glu_linear_offset": 0.0,
 }

@@ -58,6 +58,7 @@ _MODEL: dict[str, Concerned] = {
     "norm_placement": _always,
     "softmax_scale": _attends,
     "softmax_type": _attends,
+    "attention_output_gate": _attends,
     "activation_func_clamp_value": _always,
     "glu_linear_offset": _always,
     "scale_embeddings": _always,
@@ -98,7 +99,7 @@ _LATER = frozenset(
     {
         *("softmax_type", "activation_func_clamp_value", "glu_linear_offset", "norm_placement", "softmax_scale"),
         *("scale_embeddings", "embedding_multiplier", "residual_multiplier", "logit_scale"),
-        *("attn_logit_softcapping", "final_logit_softcapping"),
+        *("attn_logit_softcapping", "final_logit_softcapping", "attention_output_gate"),
     }
 )
 """Keys that checkpoints of earlier releases lack, whose models are those of the default."""
@@ -187,7 +188,7 @@ def _value(stored: Values, key: str) -> Any:
 
 def _changes_tensors(key: str, stored: Values, own: Values) -> bool:
     """Returns whether a model with the other value has other tensors, so that it cannot be trained on either."""
-    return key == "softmax_type" and LEARNABLE in (stored.get(key), own[key])
+    return key == "attention_output_gate" or (key == "softmax_type" and LEARNABLE in (stored.get(key), own[key]))
 
 
 def _meaning(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from megatron.adapter_config import (
@@ -14,6 +15,7 @@ from megatron.adapter_config import (
     low_rank,
     modules_to_save,
     soft_prompt,
+    takes_all,
     targets,
 )
 from megatron.errors import ConfigError
@@ -22,14 +24,20 @@ from megatron.registry import nearest_name
 Block = Mapping[str, Any]
 
 
-def derive_lora(block: Block | None) -> dict[str, Any] | None:
-    """Returns the block with its defaults; None where it is disabled. Raises ConfigError where it is invalid."""
+def derive_lora(block: Block | None, *, gated: bool = False) -> dict[str, Any] | None:
+    """Returns the block with its defaults; None where it is disabled. Raises ConfigError where it is invalid.
+
+    gated: whether the model has output gates of attention, which `all` targets too then.
+    """
     error = _lora_error(block)
     if error is not None:
         further = "modules_to_save: [embedding, head]" if "modules_to_save" in error else "targets: all"
         raise ConfigError.of(error, key="lora", value=block, hint=_hint(error, f"write {{rank: 8, {further}}}"))
     requested = low_rank(block)
-    return None if requested is None else requested.block()
+    if requested is None or block is None:
+        return None
+    every = gated and takes_all(block)
+    return (replace(requested, targets=tuple(TARGETS)) if every else requested).block()
 
 
 def derive_soft_prompt(block: Block | None) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,8 @@ def _encoder(draft: ConfigDraft) -> None:
 
 
 def _adapters(draft: ConfigDraft) -> None:
-    for name, derive in (("lora", derive_lora), ("soft_prompt_tuning", derive_soft_prompt)):
+    of_model = partial(derive_lora, gated=bool(draft["attention_output_gate"]))
+    for name, derive in (("lora", of_model), ("soft_prompt_tuning", derive_soft_prompt)):
         requested = draft[name] if draft.knows(name) else None
         draft.derive(name, derive(requested))
         if requested is not None and draft[name] is not None and trains(draft["user_script"]) and draft["load"] is None:

@@ -81,6 +81,11 @@ class ModelSection(Section):
     qk_layernorm_across_heads: bool = key(
         False, "With use_qk_layernorm: one norm over the features of all heads together, as OLMo 2 has it."
     )
+    attention_output_gate: bool = key(
+        False,
+        "Multiply what each attention head gives by a sigmoid of a projection of the block's normed input, before the "
+        "output projection, as Qwen3-Next.",
+    )
     use_bias_in_norms: bool = key(True, "Give layernorm a bias as well as a weight.")
     use_bias_in_attn_linear: bool = key(True, "Give the attention projections a bias.")
     add_qkv_bias: bool | None = key(

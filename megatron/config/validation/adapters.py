@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron.adapter_config import HEAD, low_rank, soft_prompt
+from megatron.adapter_config import GATE, HEAD, low_rank, soft_prompt
 from megatron.config.config import Config
 from megatron.config.derived.curriculum import curriculum_lengths
 from megatron.errors import ConfigIssue
@@ -40,6 +40,9 @@ def adapters_have_matrices(config: Config) -> Iterator[ConfigIssue]:
     requested = low_rank(model.lora)
     if requested is None:
         return
+    if GATE in requested.targets and not model.attention_output_gate:
+        what = f"the model has no {GATE} (attention_output_gate)"
+        yield ConfigIssue(what, key="lora", value=model.lora, hint="leave that target out")
     attending = [number for number, kind in enumerate(model.attention_config or ()) if kind not in WITHOUT_ATTENTION]
     if not attending:
         kinds = ", ".join(sorted(set(map(str, model.attention_config or ()))))

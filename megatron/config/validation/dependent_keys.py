@@ -98,7 +98,10 @@ DEPENDENT: tuple[DependentKeys, ...] = (
     ),
     DependentKeys(("use_apex_adam",), _has_full_adam, "the optimizer is not adam"),
     DependentKeys(
-        ("add_qkv_bias", "softmax_scale", "softmax_type", "attn_logit_softcapping", "layer_types"),
+        (
+            *("add_qkv_bias", "softmax_scale", "softmax_type", "attn_logit_softcapping", "layer_types"),
+            "attention_output_gate",
+        ),
         _attends,
         "no block has attention",
     ),

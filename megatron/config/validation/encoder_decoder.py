@@ -73,6 +73,8 @@ def _unusable(config: Config) -> Iterator[tuple[str, Any, str]]:
         yield "multi_latent_attention", True, "its cross attention has keys and values of heads"
     if model.use_qk_layernorm:
         yield "use_qk_layernorm", True, "its cross attention has no such option"
+    if model.attention_output_gate:
+        yield "attention_output_gate", True, "its cross attention has no such gate"
     if model.norm_placement != "pre":
         yield "norm_placement", model.norm_placement, "its three norms are before attention, cross attention and MLP"
     if model.gpt_j_residual:

@@ -45,6 +45,7 @@ def latents_fit_other_parts(config: Config) -> Iterator[ConfigIssue]:
         "pos_emb": (model.pos_emb != "rotary", "its positions are rotary ones, in features of their own"),
         "rotary_pct": (model.rotary_pct != 1.0, "qk_pos_emb_head_dim says how many features are rotated"),
         "use_qk_layernorm": (model.use_qk_layernorm, "its norms are on the latents"),
+        "attention_output_gate": (model.attention_output_gate, "its heads have values of another width than queries"),
         "attention_mask": (model.attention_mask == BIDIRECTIONAL, "it is built for causal models"),
         "use_mup": (config.mup.use_mup, "muP has no rule for its ranks, which do not grow with the width"),
         "te_mha": (engine.te_mha, "Transformer Engine's attention has one joint projection"),

@@ -70,6 +70,17 @@ class ParallelSelfAttention(SelfAttention):
         )
         layout = HeadLayout(dims.num_attention_heads, dims.num_kv_heads, dims.head_dim, dims.grouped)
         mark_heads(self.query_key_value.weight, layout)
+        self.output_gate: ColumnParallelLinear | None = None
+        if dims.output_gate:
+            self.output_gate = ColumnParallelLinear(
+                dims.hidden_size,
+                dims.query_size,
+                source.of("output_gate"),
+                init_fn=spec.init_fn,
+                bias=dims.has_qkv_bias,
+                kernel=spec.kernels.linear,
+                lora=spec.lora_specs.get("output_gate"),
+            )
         self.dense = RowParallelLinear(
             dims.query_size,
             dims.hidden_size,
@@ -104,7 +115,8 @@ class ParallelSelfAttention(SelfAttention):
         if self.query_factor != 1.0:
             q = q * self.query_factor
         core = self._attend(q, k, v, document_starts) if cache is None else self._attend_cached(q, k, v, cache)
-        return core.permute(2, 0, 1, 3).reshape(length, batch, self.heads * self.head_dim)  # [s, b, h/t]
+        core = core.permute(2, 0, 1, 3).reshape(length, batch, self.heads * self.head_dim)  # [s, b, h/t]
+        return core if self.output_gate is None else core * torch.sigmoid(self.output_gate(x, regather))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, document_starts: Tensor | None) -> Tensor:
         """Attends over full sequences: q [b, n/t, s, d], k and v [b, m/t, s, d] -> [b, n/t, s, d]."""
@@ -137,7 +149,8 @@ class ParallelSelfAttention(SelfAttention):
 
     def linear_layers(self) -> list[ColumnParallelLinear | RowParallelLinear]:
         """Returns the layers with a sharded weight."""
-        return [self.query_key_value, self.dense]
+        gate = [] if self.output_gate is None else [self.output_gate]
+        return [self.query_key_value, *gate, self.dense]
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[s, b, (n + 2m)/t * d] -> queries [s, b, n/t, d], keys and values [s, b, m/t, d].
