@@ -2,7 +2,7 @@
 
 - 0 embedding
 - 1 identity
-- 2 .. L+1 blocks: attention and MLP or MoE, Mamba, RWKV, gMLP
+- 2 .. L+1 blocks: attention and MLP or MoE, Mamba, Mamba-2, RWKV, gMLP
 - L+2 identity
 - L+3 final norm
 - L+4 output layer, tied or with a matrix of its own; with further layers before it in a masked language model

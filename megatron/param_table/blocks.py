@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from megatron.param_table.adapters import with_lora
 from megatron.param_table.dims import LatentDims, ModelDims
-from megatron.param_table.mixers import gmlp_block, mamba_block, rwkv_block
+from megatron.param_table.mixers import gmlp_block, mamba2_block, mamba_block, rwkv_block
 from megatron.param_table.parts import FIRST_BLOCK, SHARED, column, norm, positions, replicated, row
 from megatron.param_table.tensor import TensorShape
 from megatron.registry import LEARNABLE, POSITIONS
@@ -140,5 +140,5 @@ def shared_experts(dims: ModelDims, layer: int) -> list[TensorShape]:
     return table
 
 
-BLOCKS = {"mamba": mamba_block, "rwkv": rwkv_block, "gmlp": gmlp_block, "amlp": gmlp_block}
+BLOCKS = {"mamba": mamba_block, "mamba2": mamba2_block, "rwkv": rwkv_block, "gmlp": gmlp_block, "amlp": gmlp_block}
 """Kinds without attention -> their tensors."""

@@ -2,26 +2,72 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
 @dataclass(frozen=True)
+class Mamba2Dims:
+    """Sizes of Mamba-2 blocks, and what decides their values; no heads in a model without such blocks."""
+
+    heads: int = 0
+    """Heads."""
+    head: int = 64
+    """Width of a head."""
+    state: int = 128
+    """State of each feature of a head."""
+    groups: int = 8
+    """Groups of heads that share B and C, and a norm."""
+    limits: tuple[float | None, float | None] = (None, None)
+    """Smallest and largest step; None for no bound."""
+    norm_before_gate: bool = False
+    """Whether the norm is before the gate."""
+    epsilon: float = 1e-5
+    """Added to the mean square by the norm."""
+
+    @classmethod
+    def of(cls, model: Any, mixers: Any) -> Mamba2Dims:
+        """Reads objects with the keys of the configuration's model and mixers sections."""
+        low, high = mixers.mamba_dt_limit or (None, None)
+        return cls(
+            heads=mixers.mamba_num_heads or 2 * model.hidden_size // mixers.mamba_head_dim,
+            head=mixers.mamba_head_dim,
+            state=mixers.mamba_state_dim,
+            groups=mixers.mamba_num_groups,
+            limits=(low, high),
+            norm_before_gate=mixers.mamba_norm_before_gate,
+            epsilon=model.rms_norm_epsilon,
+        )
+
+    @property
+    def inner(self) -> int:
+        """Features of all heads."""
+        return self.heads * self.head
+
+    @property
+    def mixed(self) -> tuple[int, int, int]:
+        """Channels of the convolution: the heads' features, and B and C of all groups."""
+        return self.inner, self.groups * self.state, self.groups * self.state
+
+
+@dataclass(frozen=True)
 class MixerDims:
-    """Widths of Mamba, RWKV and gMLP blocks; 0 in a model without such blocks."""
+    """Widths of Mamba, Mamba-2, RWKV and gMLP blocks; 0 in a model without such blocks."""
 
     mamba_inner: int = 0
     """Channels of Mamba."""
     mamba_state: int = 16
     """State of a channel."""
     mamba_convolution: int = 4
-    """Width of the convolution."""
+    """Width of the convolution, of Mamba-2 too."""
     mamba_rank: int = 0
     """Rank of the step projection."""
     mamba_conv_bias: bool = True
-    """Whether the convolution has a bias."""
+    """Whether the convolution of Mamba and Mamba-2 has a bias."""
     mamba_linear_bias: bool = False
-    """Whether the projections have biases."""
+    """Whether the projections of Mamba and Mamba-2 have biases."""
+    mamba2: Mamba2Dims = field(default_factory=Mamba2Dims)
+    """Sizes of Mamba-2."""
     rwkv_attention: int = 0
     """Width of RWKV's time mixing."""
     rwkv_head: int = 0
@@ -45,6 +91,7 @@ class MixerDims:
             mamba_rank=-(-hidden // 16),
             mamba_conv_bias=mixers.mamba_use_bias_in_conv,
             mamba_linear_bias=mixers.mamba_use_bias_in_linears,
+            mamba2=Mamba2Dims.of(model, mixers),
             rwkv_attention=attention,
             rwkv_head=mixers.head_size or attention // model.num_attention_heads,
             rwkv_ffn=mixers.ffn_dim or rwkv_ffn_width(hidden, model.intermediate_size, model.expansion_factor),

@@ -1,4 +1,4 @@
-"""Tensors of Mamba, RWKV, gMLP and aMLP blocks, and shapes of their recurrent state.
+"""Tensors of Mamba, Mamba-2, RWKV, gMLP and aMLP blocks, and shapes of their recurrent state.
 
 Names and shapes are those of the public layout (gMLP's small attention aside, which there reads another tensor).
 """
@@ -30,6 +30,22 @@ def mamba_block(dims: ModelDims, block: int) -> list[TensorShape]:
     table += row(layer, "mixer.x_proj", rank + 2 * state, inner, bias)
     table += column(layer, "mixer.dt_proj", inner, rank, True)
     return table + row(layer, "mixer.out_proj", hidden, inner, bias)
+
+
+def mamba2_block(dims: ModelDims, block: int) -> list[TensorShape]:
+    """Returns the tensors of a norm and a Mamba-2 mixer, whose heads and groups are sharded."""
+    layer, mixers, hidden = block + 2, dims.mixers, dims.hidden_size
+    sizes, bias = mixers.mamba2, mixers.mamba_linear_bias
+    channels, width = sum(sizes.mixed), mixers.mamba_convolution
+    sections = (sizes.inner, *sizes.mixed, sizes.heads)
+    table = norm(dims, layer, "norm")
+    table += [TensorShape(layer, f"mixer.{name}", (sizes.heads,), 0, "mixing") for name in ("A_log", "D", "dt_bias")]
+    table += column(layer, "mixer.in_proj", sum(sections), hidden, bias, sections)
+    table.append(TensorShape(layer, "mixer.conv1d.weight", (channels, 1, width), 0, "mixing", sizes.mixed))
+    if mixers.mamba_conv_bias:
+        table.append(TensorShape(layer, "mixer.conv1d.bias", (channels,), 0, "bias", sizes.mixed))
+    table.append(TensorShape(layer, "mixer.norm.weight", (sizes.inner,), 0, "norm"))
+    return table + row(layer, "mixer.out_proj", hidden, sizes.inner, bias)
 
 
 def rwkv_block(dims: ModelDims, block: int) -> list[TensorShape]:
@@ -110,6 +126,12 @@ def recurrent_state_shapes(
     if kind == "mamba":
         channels = mixers.mamba_inner // model_size
         return {"convolution": (mixers.mamba_convolution - 1, channels), "state": (channels, mixers.mamba_state)}
+    if kind == "mamba2":
+        sizes = mixers.mamba2
+        return {
+            "convolution": (mixers.mamba_convolution - 1, sum(sizes.mixed) // model_size),
+            "state": (sizes.heads // model_size, sizes.head, sizes.state),
+        }
     if kind == "rwkv":
         heads = mixers.rwkv_attention // mixers.rwkv_head // model_size
         state = (heads, mixers.rwkv_head, mixers.rwkv_head)

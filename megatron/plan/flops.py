@@ -67,6 +67,9 @@ def _mixing(dims: ModelDims, block: int, seq_length: int) -> int:
     kind, mixers = dims.kind(block), dims.mixers
     if kind == "mamba":  # decay, update and read of the state; the convolution
         return mixers.mamba_inner * (6 * mixers.mamba_state + 2 * mixers.mamba_convolution)
+    if kind == "mamba2":
+        sizes = mixers.mamba2
+        return 6 * sizes.inner * sizes.state + 2 * mixers.mamba_convolution * sum(sizes.mixed)
     if kind == "rwkv":  # the same, for a state as wide as a head for each of its features
         return 6 * mixers.rwkv_attention * mixers.rwkv_head
     if kind in {"gmlp", "amlp"}:

@@ -23,7 +23,7 @@ def mixer_activations(
 
     Args:
         dims: of the model.
-        kind: mamba, rwkv, gmlp or amlp.
+        kind: mamba, mamba2, rwkv, gmlp or amlp.
         tokens: of the micro batch.
         seq_length: [tokens].
         micro_batch: [samples].
@@ -33,6 +33,8 @@ def mixer_activations(
     """
     if kind == "mamba":
         return tokens * _mamba(dims, seq_length, tp, width, fused=fused)
+    if kind == "mamba2":
+        return tokens * _mamba2(dims, tp, width)
     if kind == "rwkv":
         return tokens * _rwkv(dims, tp, width)
     return tokens * _gmlp(dims, tp, width) + _positions(dims, kind, seq_length, micro_batch, tokens, width)
@@ -44,6 +46,17 @@ def _mamba(dims: ModelDims, seq_length: int, tp: int, width: int, *, fused: bool
     rounds = (seq_length - 1).bit_length()
     states = 0 if fused else (2 * rounds + 1) * dims.mixers.mamba_state * FP32
     return channels * (6 * width + 22 + states)
+
+
+def _mamba2(dims: ModelDims, tp: int, width: int) -> int:
+    """Returns the bytes of a token: the projection, the convolution's two and the state space's inputs in fp32, the
+    steps, and the norm and gate in fp32.
+    """
+    sizes = dims.mixers.mamba2
+    inner, channels, heads = sizes.inner // tp, sum(sizes.mixed) // tp, sizes.heads // tp
+    if width == FP32:  # the gate keeps the whole projection
+        return (6 * inner + 4 * channels + 4 * heads) * FP32
+    return (inner + 2 * channels) * width + (5 * inner + channels + 3 * heads) * FP32
 
 
 def _rwkv(dims: ModelDims, tp: int, width: int) -> int:

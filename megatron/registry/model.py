@@ -245,6 +245,12 @@ ATTENTION = Registry(
             traits=STANDALONE_BLOCK,
         ),
         Entry(
+            "mamba2",
+            "megatron.model.mixers.mamba2:Mamba2TransformerBlock",
+            "Mamba-2, a state space with one decay a head, arXiv:2405.21060",
+            traits=STANDALONE_BLOCK,
+        ),
+        Entry(
             "rwkv",
             "megatron.model.mixers.rwkv:RWKVTransformerBlock",
             "RWKV-6, arXiv:2404.05892",

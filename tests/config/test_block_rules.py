@@ -7,6 +7,7 @@ import pytest
 from tests.config.small import errors, resolved
 
 TOPK = {"moe_num_experts": 4, "moe_top_k": 2, "moe_router_type": "topk"}
+MAMBA2: dict[str, Any] = {"attention_config": [[["mamba2"], "all"]]}
 CASES: list[tuple[int, dict[str, Any], str]] = [
     (
         2,
@@ -147,6 +148,27 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
         {"attention_config": [[["rwkv", "global"], "all"]], "pos_emb": "rpe"},
         "the first block holds the table of all blocks, and it is of kind rwkv; let the first block have attention",
     ),
+    (1, MAMBA2, "mamba_num_groups = 8: it does not divide the 2 heads of a mamba2 block"),
+    (
+        1,
+        {**MAMBA2, "mamba_head_dim": 48},
+        "mamba_head_dim = 48: it does not divide 2 x hidden_size = 128; change it, or",
+    ),
+    (1, {"mamba_head_dim": 0}, "mamba_head_dim = 0: it must be at least 1"),
+    (
+        2,
+        {**MAMBA2, "mamba_num_groups": 1, "model_parallel_size": 2},
+        "mamba_num_groups = 1: model_parallel_size = 2 does not divide it; the heads of a group share B, C and a norm",
+    ),
+    *(
+        (1, {**MAMBA2, "mamba_num_groups": 1, "mamba_dt_limit": limits}, "these are not a smallest and a largest step")
+        for limits in ([0.1], [0.1, 0.01], [-1, None], ["a", None])
+    ),
+    (
+        2,
+        {**MAMBA2, "mamba_num_groups": 1, "context_parallel_size": 2, "seq_length": 4},
+        "the convolution of a Mamba block reads 3 positions before its own, more than a rank has of 4 tokens",
+    ),
     (1, {"attention_config": [[["rwkv"], "all"]], "head_size": 7}, "head_size = 7: 4 heads of 64 features are 16 wide"),
     (1, {"attention_config": [[["rwkv"], "all"]], "dim_att": 66}, "num_attention_heads = 4 does not divide it"),
     (
@@ -180,6 +202,8 @@ def test_spread_experts_get_the_zero_block_that_they_need() -> None:
         (2, {"attention_config": [[["mamba"], "all"]], "model_parallel_size": 2, "num_attention_heads": 1}),
         (2, {"attention_config": [[["rwkv", "global"], "all"]], "model_parallel_size": 2, "sequence_parallel": True}),
         (1, {"attention_config": [[["gmlp", "amlp"], "all"]], "reset_attention_mask": True}),
+        (2, {**MAMBA2, "mamba_num_groups": 2, "model_parallel_size": 2, "sequence_parallel": True}),
+        (2, {**MAMBA2, "mamba_num_groups": 1, "context_parallel_size": 2, "num_kv_heads": None}),
         (2, {"attention_config": [[["rwkv", "mamba"], "all"]], "zero_optimization": {"stage": 3}}),
         (2, {"moe_num_experts": 2, "zero_optimization": {"stage": 3}}),
     ],

@@ -14,6 +14,7 @@ from megatron.registry.attention import SOFTMAX_KEYS
 from tests.config.small import SMALL, errors, resolved
 
 MAMBA = {"attention_config": ["mamba", "global"]}
+MAMBA2 = {"attention_config": ["mamba2", "global"], "mamba_num_groups": 1}
 EXPERTS = {"moe_num_experts": 2}
 TOPK = {**EXPERTS, "moe_router_type": "topk"}
 RESUMED = {"load": "x"}
@@ -58,6 +59,12 @@ WHERE_IT_MATTERS: dict[str, tuple[Any, dict[str, Any] | None]] = {
     "mamba_selective_scan_fusion": (True, MAMBA),
     "mamba_causal_conv_fusion": (True, MAMBA),
     "mamba_inner_func_fusion": (True, MAMBA),
+    "mamba_num_heads": (4, MAMBA2),
+    "mamba_head_dim": (16, MAMBA2),
+    "mamba_state_dim": (16, MAMBA2),
+    "mamba_num_groups": (2, MAMBA2),
+    "mamba_dt_limit": ([0.01, None], MAMBA2),
+    "mamba_norm_before_gate": (True, MAMBA2),
     "gmlp_attn_dim": (32, {"attention_config": ["amlp", "global"]}),
     "dim_att": (128, {"attention_config": ["rwkv", "global"]}),
     "head_size": (16, {"attention_config": ["rwkv", "global"]}),

@@ -37,6 +37,12 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_kv_heads": None,
         "reset_attention_mask": True,
     },
+    "mamba2, documents": {
+        "attention_config": [[["mamba2", "global"], "all"]],
+        "mamba_head_dim": 16,
+        "mamba_num_groups": 2,
+        **DOCUMENTS,
+    },
     "rwkv": {"attention_config": [[["rwkv", "global"], "all"]], "num_kv_heads": 1},
     "rwkv, documents": {"attention_config": [[["rwkv", "global"], "all"]], **DOCUMENTS},
 }
@@ -59,6 +65,11 @@ CASES: dict[tuple[int, str, str], dict[str, Any]] = {
     (2, "mamba, documents", "shards in order, recomputed"): {
         "context_parallel_size": 2,
         "checkpoint_activations": True,
+    },
+    (2, "mamba2, documents", "Ulysses 2, recomputed, ZeRO 1"): {
+        "context_parallel_size": 2,
+        "checkpoint_activations": True,
+        "zero_optimization": {"stage": 1},
     },
     (4, "rwkv, documents", "both: two groups of 2"): BOTH,
     (4, "mamba", "ring 4"): {**RING, "context_parallel_size": 4},

@@ -29,6 +29,7 @@ from tests.layouts import pick
 
 SHORT: dict[str, Any] = {"train_iters": 4, "eval_interval": 4, "eval_iters": 1, "num_kv_heads": 4, "num_layers": 2}
 MIXTURE = {"moe_num_experts": 4, "moe_top_k": 2, "use_bias_in_mlp": False}
+MAMBA2 = {"mamba_head_dim": 16, "mamba_num_groups": 2, "mamba_state_dim": 24, "mamba_dt_limit": [0.01, None]}
 MEMBERS: dict[str, dict[str, Any]] = {
     "dense": {},
     **{f"moe {router}": {**MIXTURE, "moe_router_type": router} for router in ROUTERS.names},
@@ -36,9 +37,10 @@ MEMBERS: dict[str, dict[str, Any]] = {
         kind: {
             "attention_config": [[[kind], "all"]],
             "activation": "gelu",
-            "pos_emb": "none" if kind == "mamba" else "learned",
-            "norm": "rmsnorm" if kind == "mamba" else "layernorm",
+            "pos_emb": "none" if kind.startswith("mamba") else "learned",
+            "norm": "rmsnorm" if kind.startswith("mamba") else "layernorm",
             "reset_attention_mask": True,
+            **(MAMBA2 if kind == "mamba2" else {}),
         }
         for kind in sorted(WITHOUT_ATTENTION)
     },
@@ -46,7 +48,7 @@ MEMBERS: dict[str, dict[str, Any]] = {
     "mamba and attention": {"attention_config": [[["mamba", "global"], "all"]], "norm": "layernorm"},
 }
 LAYOUTS = pick("tensor 2, sequence", "pipeline 2", "recomputed", "data 2, ZeRO 3")
-EXPORTED = {"dense": "llama", "mamba": "mamba"}
+EXPORTED = {"dense": "llama", "mamba": "mamba", "mamba2": "mamba2"}
 
 
 def test_every_member_is_here() -> None:

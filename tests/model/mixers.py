@@ -29,6 +29,12 @@ def sections(kind: str, blocks: int = 2, **changes: object) -> tuple[Any, Any]:
         "head_size": None,
         "ffn_dim": None,
         "gmlp_attn_dim": 16,
+        "mamba_num_heads": None,
+        "mamba_head_dim": 16,
+        "mamba_state_dim": 12,
+        "mamba_num_groups": 2,
+        "mamba_dt_limit": (0.01, 0.2),
+        "mamba_norm_before_gate": False,
     }
     return model, SimpleNamespace(**{**values, **changes})
 
@@ -81,6 +87,6 @@ def disturb(model: torch.nn.Module) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # Drawn whole and cut like the parameter, so that every layout gets the same values.
-            if any(part in name for part in ("_w1", "_w2", "proj.weight", "time_", "A_log", "norm", "ln")):
+            if any(part in name for part in ("_w1", "_w2", "proj.weight", "time_", "A_log", "D", "norm", "ln")):
                 scale = 0.3 if "sgu.proj" in name or "_w" in name else 0.1
                 parameter += scale * torch.randn(parameter.shape, generator=generator)

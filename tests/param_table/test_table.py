@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron.param_table import MixerDims, MixtureDims, ModelDims, tensors
+from megatron.param_table.mixer_dims import Mamba2Dims
 
 NEOX_20B = ModelDims(
     num_layers=44,
@@ -52,6 +53,21 @@ def test_a_mamba_is_as_large_as_that_of_transformers() -> None:
     dims = ModelDims(num_layers=24, norm="rmsnorm", pos_emb="none", kinds=("mamba",) * 24, mixers=mixers, **fields)
     count = sum(tensor.count for tensor in tensors(dims, 50280))
     assert count == sum(parameter.numel() for parameter in theirs.parameters()) == 129_135_360
+
+
+def test_a_mamba2_is_as_large_as_that_of_transformers() -> None:
+    """Mamba-2 2.7B, built without memory."""
+    import torch
+    from transformers import Mamba2Config, Mamba2ForCausalLM
+
+    sizes = {"hidden_size": 2560, "num_hidden_layers": 64, "vocab_size": 50288}
+    with torch.device("meta"):
+        theirs = Mamba2ForCausalLM(Mamba2Config(**sizes, num_heads=80, n_groups=1, tie_word_embeddings=True))
+    mixers = MixerDims(mamba2=Mamba2Dims(heads=80, groups=1))
+    fields = {"hidden_size": 2560, "num_attention_heads": 1, "num_kv_heads": 1, "head_dim": 2560, "mlp_width": 1}
+    dims = ModelDims(num_layers=64, norm="rmsnorm", pos_emb="none", kinds=("mamba2",) * 64, mixers=mixers, **fields)
+    count = sum(tensor.count for tensor in tensors(dims, 50288))
+    assert count == sum(parameter.numel() for parameter in theirs.parameters())
 
 
 PUBLIC = {

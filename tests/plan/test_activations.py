@@ -63,6 +63,7 @@ CASES: dict[str, dict[str, Any]] = {
     "gated experts": {**LLAMA, **EXPERTS},
     "shared experts": {**LLAMA, **EXPERTS, **SHARED},
     **{kind: {"attention_config": [[[kind], "all"]]} for kind in ("mamba", "rwkv", "gmlp", "amlp")},
+    "mamba2": {"attention_config": [[["mamba2"], "all"]], "mamba_num_groups": 2, "mamba_state_dim": 48},
     "updates": {"lora": {"rank": 8}},
     "updates of all, neox": {**NEOX, "lora": {"rank": 8, "targets": "all"}},
     "latents": LATENTS,

@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron.checkpoint.huggingface.expert_defaults import EXPERT_ALIASES, EXPERT_DEFAULTS
 from megatron.checkpoint.huggingface.family import Settings
+from megatron.checkpoint.huggingface.mixer_defaults import MIXER_DEFAULTS
 from megatron.errors import ConfigError, ConfigIssue
 
 _NEOX: Settings = {
@@ -226,20 +227,6 @@ _MPT: Settings = {
     "no_bias": True,
     "tie_word_embeddings": True,
 }
-_MAMBA: Settings = {
-    "vocab_size": 50280,
-    "hidden_size": 768,
-    "state_size": 16,
-    "num_hidden_layers": 32,
-    "layer_norm_epsilon": 1e-5,
-    "expand": 2,
-    "conv_kernel": 4,
-    "use_bias": False,
-    "use_conv_bias": True,
-    "hidden_act": "silu",
-    "time_step_rank": "auto",
-    "tie_word_embeddings": True,
-}
 _MEGATRON_BERT: Settings = {
     "vocab_size": 29056,
     "hidden_size": 1024,
@@ -293,7 +280,7 @@ DEFAULTS: Mapping[str, Settings] = {
     "gpt2": _GPT2,
     "opt": _OPT,
     "mpt": _MPT,
-    "mamba": _MAMBA,
+    **MIXER_DEFAULTS,
     **EXPERT_DEFAULTS,
     "megatron-bert": _MEGATRON_BERT,
     "t5": _T5,

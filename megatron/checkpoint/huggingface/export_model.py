@@ -114,7 +114,7 @@ def export(
     config: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
     config |= family.config(model, rows)
     config |= family.experts.config(model, stored.moe) if family.experts else {}
-    config |= family.mixers.config(stored.mixers) if family.mixers else {}
+    config |= family.mixers.config(model, stored.mixers) if family.mixers else {}
     config |= {"pad_token_id": None} if family.class_pads else {}
     config |= dict(special or {}) | {"torch_dtype": _CALLED[dtype or _stored_dtype(stored, stored.table[0])]}
     files.write_json(output / CONFIG, config)

@@ -84,10 +84,10 @@ class Mixers:
 
     kinds: frozenset[str]
     """Those it knows."""
-    misfits: Callable[[MixersSection], list[ConfigIssue]]
+    misfits: Callable[[ModelSection, MixersSection], list[ConfigIssue]]
     """What of a mixers section its configuration cannot say."""
-    config: Callable[[MixersSection], Settings]
-    """Our section -> config.json."""
+    config: Callable[[ModelSection, MixersSection], Settings]
+    """Our sections -> config.json."""
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ def _misfits(model: ModelSection) -> list[ConfigIssue]:
     return errors
 
 
-def _mixer_misfits(mixers: MixersSection) -> list[ConfigIssue]:
+def _mixer_misfits(model: ModelSection, mixers: MixersSection) -> list[ConfigIssue]:
     return unlike(mixers, {"mamba_use_bias_in_linears": False}, "Mamba")
 
 
@@ -98,6 +98,6 @@ MAMBA = ModelFamily(
     table=_table,
     prefix="backbone.",
     mixers=Mixers(
-        frozenset({"mamba"}), _mixer_misfits, lambda mixers: {"use_conv_bias": mixers.mamba_use_bias_in_conv}
+        frozenset({"mamba"}), _mixer_misfits, lambda _, mixers: {"use_conv_bias": mixers.mamba_use_bias_in_conv}
     ),
 )

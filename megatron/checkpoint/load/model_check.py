@@ -41,6 +41,10 @@ def _experts(values: Values) -> bool:
     return values["moe_num_experts"] > 1
 
 
+def _mamba2(values: Values) -> bool:
+    return "mamba2" in (values["attention_config"] or ())
+
+
 _MODEL: dict[str, Concerned] = {
     "num_attention_heads": _attends,
     "num_kv_heads": _attends,
@@ -78,6 +82,7 @@ _MODEL: dict[str, Concerned] = {
     "moe_router_group_topk": _experts,
     "moe_router_group_experts": lambda values: _experts(values) and (values.get("moe_router_num_groups") or 1) > 1,
     "moe_router_topk_scaling_factor": _experts,
+    **dict.fromkeys(("mamba_num_groups", "mamba_state_dim", "mamba_dt_limit", "mamba_norm_before_gate"), _mamba2),
     "lora": _always,
 }
 """Keys that a trained model fixes: key -> whether it has an effect on a model of these values."""
@@ -91,7 +96,7 @@ _ADJUSTED: dict[str, Concerned] = {
     "attn_logit_softcapping": _attends,
     "final_logit_softcapping": _always,
     "layernorm_epsilon": lambda values: "layernorm" in values["norm"],
-    "rms_norm_epsilon": lambda values: "rmsnorm" in values["norm"],
+    "rms_norm_epsilon": lambda values: "rmsnorm" in values["norm"] or _mamba2(values),
     "scalenorm_epsilon": lambda values: values["norm"] == "scalenorm",
 }
 """Keys that are changed on purpose at times, as for longer texts: a warning, no error."""

@@ -10,7 +10,12 @@ from megatron.errors import ConfigError
 KEY = "attention_config"
 TYPES = "layer_types"
 
-CLASSES = {"mamba": "MambaTransformerBlock", "rwkv": "RWKVTransformerBlock", "gmlp": "GMLPTransformerBlock"}
+CLASSES = {
+    "mamba": "MambaTransformerBlock",
+    "mamba2": "Mamba2TransformerBlock",
+    "rwkv": "RWKVTransformerBlock",
+    "gmlp": "GMLPTransformerBlock",
+}
 """Attention kind -> class name of its block; others are a TransformerBlock."""
 
 

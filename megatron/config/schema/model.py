@@ -69,7 +69,7 @@ class ModelSection(Section):
     glu_linear_offset: float = key(0.0, "Added to the plain half of a gated activation (GPT-OSS: 1).")
     norm: str = key("layernorm", "Normalisation before attention, before the MLP and at the end.", choices=NORMS)
     layernorm_epsilon: float = key(1.0e-5, "Added to the variance by layernorm.")
-    rms_norm_epsilon: float = key(1.0e-8, "Added to the mean square by rmsnorm.")
+    rms_norm_epsilon: float = key(1.0e-8, "Added to the mean square by rmsnorm, and by the gated norm of mamba2.")
     scalenorm_epsilon: float = key(1.0e-8, "Smallest norm that scalenorm divides by.")
     norm_placement: str = key(
         "pre",
@@ -225,7 +225,7 @@ class ModelSection(Section):
     @property
     def in_order(self) -> bool:
         """Whether some block processes the sequence in order, so that shards of it follow each other."""
-        return bool({"mamba", "rwkv"} & set(map(str, self.attention_config or ())))
+        return bool({"mamba", "mamba2", "rwkv"} & set(map(str, self.attention_config or ())))
 
     @property
     def block_options(self) -> tuple[LayerOptions, ...]:

@@ -20,7 +20,7 @@ def heads_divide_hidden(config: Config) -> Iterator[ConfigIssue]:
     elif (
         model.kv_channels == model.hidden_size // model.num_attention_heads
         and model.hidden_size % model.num_attention_heads
-        and "mamba" not in (model.attention_config or ())
+        and not {"mamba", "mamba2"} & set(model.attention_config or ())
     ):
         yield ConfigIssue(
             f"num_attention_heads = {model.num_attention_heads} does not divide it",

@@ -12,15 +12,10 @@ from functools import partial
 from megatron.block_sparsity import SPARSE_KINDS
 from megatron.config.config import Config
 from megatron.config.derived.fill import trains
+from megatron.config.validation.dependent_mixer_keys import OF_MIXERS, has_kind
 from megatron.config.validation.dependent_model_keys import OF_PARTS, DependentKeys
 from megatron.registry import NORMS, OPTIMIZERS, POSITIONS, SCHEDULES, TOKENIZERS, WITHOUT_ATTENTION
 from megatron.registry.kernels import FUSED_ADAM
-
-
-def _has_kind(config: Config, *kinds: str) -> bool:
-    """Returns whether some block is of one of the kinds, or the kinds are not known yet."""
-    pattern = set(map(str, config.model.attention_config or ()))
-    return not pattern or bool(pattern & set(kinds))
 
 
 def _attends(config: Config) -> bool:
@@ -30,7 +25,8 @@ def _attends(config: Config) -> bool:
 
 
 def _has_epsilon(key: str, config: Config) -> bool:
-    return NORMS.entry(config.model.norm).epsilon == key
+    gated = key == "rms_norm_epsilon" and "mamba2" in map(str, config.model.attention_config or ())
+    return gated or NORMS.entry(config.model.norm).epsilon == key
 
 
 def _has_positions(key: str, config: Config) -> bool:
@@ -88,12 +84,11 @@ PLAIN_NORMAL = frozenset({"normal", "scaled_normal", "single_residual_scaled_nor
 
 DEPENDENT: tuple[DependentKeys, ...] = (
     *OF_PARTS,
-    DependentKeys(
-        ("sparsity_config",), lambda config: _has_kind(config, *SPARSE_KINDS), "no block is of a sparse kind"
-    ),
+    *OF_MIXERS,
+    DependentKeys(("sparsity_config",), lambda config: has_kind(config, *SPARSE_KINDS), "no block is of a sparse kind"),
     DependentKeys(
         ("sliding_window_width",),
-        lambda config: _has_kind(config, "global", "flash"),
+        lambda config: has_kind(config, "global", "flash"),
         "it is for blocks of kind global and flash",
     ),
     DependentKeys(("use_apex_adam",), _has_full_adam, "the optimizer is not adam"),
@@ -122,15 +117,6 @@ DEPENDENT: tuple[DependentKeys, ...] = (
             PLAIN_NORMAL & {config.initialization.init_method, config.initialization.output_layer_init_method}
         ),
         "the initialisations compute their own standard deviation",
-    ),
-    DependentKeys(
-        ("mamba_use_bias_in_conv", "mamba_use_bias_in_linears"),
-        lambda config: _has_kind(config, "mamba"),
-        "no block is of kind mamba",
-    ),
-    DependentKeys(("gmlp_attn_dim",), lambda config: _has_kind(config, "amlp"), "no block is of kind amlp"),
-    DependentKeys(
-        ("dim_att", "head_size", "ffn_dim"), lambda config: _has_kind(config, "rwkv"), "no block is of kind rwkv"
     ),
     DependentKeys(
         (
@@ -337,13 +323,8 @@ DEPENDENT: tuple[DependentKeys, ...] = (
     ),
     DependentKeys(
         ("scaled_upper_triang_masked_softmax_fusion", "scaled_masked_softmax_fusion"),
-        lambda config: _has_kind(config, "global"),
+        lambda config: has_kind(config, "global"),
         "no block is of kind global",
-    ),
-    DependentKeys(
-        ("mamba_selective_scan_fusion", "mamba_causal_conv_fusion", "mamba_inner_func_fusion"),
-        lambda config: _has_kind(config, "mamba"),
-        "no block is of kind mamba",
     ),
     DependentKeys(("dpo_beta", "dpo_fp32", "dpo_reference_free"), _objective("dpo"), "train_impl is not dpo"),
     DependentKeys(

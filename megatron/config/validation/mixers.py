@@ -1,4 +1,4 @@
-"""Rules for blocks without attention: Mamba, RWKV, gMLP and aMLP."""
+"""Rules for blocks without attention: Mamba, Mamba-2, RWKV, gMLP and aMLP."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from megatron.errors import ConfigIssue
 from megatron.registry import ACTIVATIONS, POSITIONS, WITHOUT_ATTENTION
 
 CONVOLVED = 3
-"""Positions before its own that the convolution of a Mamba block reads."""
+"""Positions before its own that the convolution of a Mamba or Mamba-2 block reads."""
 MIXES_POSITIONS = ("amlp", "gmlp")
 """Blocks that mix all positions by one matrix."""
 
@@ -32,7 +32,7 @@ def mixers_limit_layouts(config: Config) -> Iterator[ConfigIssue]:
             value=size,
             hint="use model_parallel_size with sequence_parallel",
         )
-    elif size > 1 and "mamba" in kinds and _shortest(config) // size < CONVOLVED:
+    elif size > 1 and {"mamba", "mamba2"} & set(kinds) and _shortest(config) // size < CONVOLVED:
         yield ConfigIssue(
             f"the convolution of a Mamba block reads {CONVOLVED} positions before its own, more than a rank has of "
             f"{_shortest(config)} tokens",
@@ -114,6 +114,53 @@ def mixer_widths_divide(config: Config) -> Iterator[ConfigIssue]:
         )
     if {"gmlp", "amlp"} & set(kinds):
         yield from _gating(config)
+
+
+def mamba2_sizes_fit(config: Config) -> Iterator[ConfigIssue]:
+    """Heads make equal groups, and every tensor parallel rank has whole groups; steps have bounds in order."""
+    mixers, hidden = config.mixers, config.model.hidden_size
+    assert hidden
+    sizes = ("mamba_num_heads", "mamba_head_dim", "mamba_state_dim", "mamba_num_groups")
+    given = [(name, getattr(mixers, name)) for name in sizes]
+    small = [
+        ConfigIssue("it must be at least 1", key=key, value=value)
+        for key, value in given
+        if value is not None and value < 1
+    ]
+    yield from small
+    if small or "mamba2" not in _kinds(config):
+        return
+    width, groups, ranks = mixers.mamba_head_dim, mixers.mamba_num_groups, config.parallelism.model_parallel_size
+    heads = mixers.mamba_num_heads or 2 * hidden // width
+    if mixers.mamba_num_heads is None and 2 * hidden % width:
+        what = f"it does not divide 2 x hidden_size = {2 * hidden}"
+        yield ConfigIssue(what, key="mamba_head_dim", value=width, hint="change it, or give mamba_num_heads")
+    elif heads % groups:
+        yield ConfigIssue(
+            f"it does not divide the {heads} heads of a mamba2 block", key="mamba_num_groups", value=groups
+        )
+    elif ranks > 0 and groups % ranks:
+        yield ConfigIssue(
+            f"model_parallel_size = {ranks} does not divide it; the heads of a group share B, C and a norm, so a rank "
+            "has whole groups",
+            key="mamba_num_groups",
+            value=groups,
+            hint="use a number of ranks that divides the groups",
+        )
+    yield from _limits(mixers.mamba_dt_limit)
+
+
+def _limits(limits: tuple[object, ...] | None) -> Iterator[ConfigIssue]:
+    """The bounds of a step: two numbers of which the first is not the larger one, or null."""
+    numbers = [bound for bound in limits or () if bound is not None]
+    fit = all(isinstance(bound, (int, float)) and not isinstance(bound, bool) and bound >= 0 for bound in numbers)
+    if limits is not None and (len(limits) != 2 or not fit or numbers != sorted(numbers)):  # type: ignore[type-var]
+        yield ConfigIssue(
+            "these are not a smallest and a largest step",
+            key="mamba_dt_limit",
+            value=list(limits),
+            hint="write two numbers of at least 0, such as [0.001, 0.1], with null for no bound",
+        )
 
 
 def _gating(config: Config) -> Iterator[ConfigIssue]:

@@ -102,6 +102,7 @@ RULES: tuple[Rule, ...] = (
     training.outliers_are_found_by_their_loss,
     mixers.mixers_limit_layouts,
     mixers.mixer_widths_divide,
+    mixers.mamba2_sizes_fit,
     mup.mup_keys_need_use_mup,
     mup.mup_has_a_base,
     mup.mup_factors_are_positive,

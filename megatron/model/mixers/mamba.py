@@ -14,7 +14,6 @@ of the convolution, t tensor-parallel degree.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +28,7 @@ from megatron.kernels.scan import causal_convolution, selective_scan
 from megatron.model.block import Block
 from megatron.model.block_spec import BlockSpec
 from megatron.model.kv_cache import KVCache
+from megatron.model.mixers.short_convolution import ShortConvolution, uniform
 from megatron.param_table import MixerDims
 
 STEP_RANGE = (0.001, 0.1)
@@ -64,7 +64,7 @@ class MambaMixer(nn.Module):
         self.shards, self.states = spec.shards, spec.states
         inner, bias, kernel = dims.mamba_inner, dims.mamba_linear_bias, spec.kernels.linear
         self.A_log = source.sharded("A_log", (inner, dims.mamba_state), _init_a_log, dim=0)
-        self.D = source.sharded("D", (inner,), _ones, dim=0)
+        self.D = source.sharded("D", (inner,), ones, dim=0)
         mark_no_weight_decay(self.A_log)
         self.in_proj = ColumnParallelLinear(
             hidden,
@@ -75,7 +75,7 @@ class MambaMixer(nn.Module):
             sections=(inner, inner),
             kernel=kernel,
         )
-        self.conv1d = _Convolution(dims, source.of("conv1d"))
+        self.conv1d = ShortConvolution(inner, dims.mamba_convolution, source.of("conv1d"), bias=dims.mamba_conv_bias)
         self.x_proj = _AllReducedLinear(inner, dims.mamba_rank + 2 * dims.mamba_state, source.of("x_proj"), spec, bias)
         self.dt_proj = _StepLinear(dims, source.of("dt_proj"))
         self.out_proj = RowParallelLinear(
@@ -104,14 +104,9 @@ class MambaMixer(nn.Module):
         """Processes sequences that continue a state or hold several documents: [b, s, d] -> [b, s, d], not yet
         gated.
         """
-        length, width = x.shape[1], self.dims.mamba_convolution - 1
-        before, state, valid = x.new_zeros(x.shape[0], width, x.shape[2]), None, None
-        if cache is not None:
-            memory, state = cache.state(self.number, "convolution"), cache.state(self.number, "state")
-            valid, before = cache.valid_mask(length), memory.clone()
-            memory.copy_(_last(torch.cat((before, x.to(before.dtype)), dim=1), width, valid))
-        elif self.states.active:
-            before = self.states.positions_before(x, width)
+        length = x.shape[1]
+        state, valid = (None, None) if cache is None else (cache.state(self.number, "state"), cache.valid_mask(length))
+        before = self.conv1d.inputs_before(x, self.number, cache, self.states)
         resets = None if starts is None else starts == torch.arange(length, device=x.device)
         x = F.silu(causal_convolution(x, self.conv1d.taps, self.conv1d.bias, before, starts))
         step, into, out = self.x_proj(x).split(self._widths, dim=-1)
@@ -136,30 +131,6 @@ class MambaMixer(nn.Module):
         return -torch.exp(self.A_log.float())
 
 
-def _last(seen: Tensor, count: int, valid: Tensor | None) -> Tensor:
-    """Returns the last `count` valid positions of each row: [b, count + s, ...] -> [b, count, ...]."""
-    if valid is None:
-        return seen[:, seen.shape[1] - count :]
-    at = valid.sum(1, keepdim=True) + torch.arange(count, device=seen.device)  # [b, count]
-    return seen.gather(1, at.unsqueeze(-1).expand(-1, -1, seen.shape[2]))
-
-
-class _Convolution(nn.Module):
-    """Parameters of a depthwise convolution: ``weight`` [d, 1, w] and ``bias`` [d], as in torch."""
-
-    def __init__(self, dims: MixerDims, source: ParamFactory) -> None:
-        super().__init__()
-        width = dims.mamba_convolution
-        init_fn = _uniform(1 / math.sqrt(width))
-        self.weight = source.sharded("weight", (dims.mamba_inner, 1, width), init_fn, dim=0)
-        self.bias = source.sharded("bias", (dims.mamba_inner,), init_fn, dim=0) if dims.mamba_conv_bias else None
-
-    @property
-    def taps(self) -> Tensor:
-        """[d, w]."""
-        return self.weight.squeeze(1)
-
-
 class _AllReducedLinear(nn.Module):
     """A row-parallel product inside a tensor-parallel region: all-reduce both forward and backward."""
 
@@ -181,19 +152,12 @@ class _StepLinear(nn.Module):
     def __init__(self, dims: MixerDims, source: ParamFactory) -> None:
         super().__init__()
         inner, rank = dims.mamba_inner, dims.mamba_rank
-        self.weight = source.sharded("weight", (inner, rank), _uniform(rank**-0.5), dim=0)
-        self.bias = source.sharded("bias", (inner,), _init_step_bias, dim=0)
+        self.weight = source.sharded("weight", (inner, rank), uniform(rank**-0.5), dim=0)
+        self.bias = source.sharded("bias", (inner,), init_step_bias, dim=0)
 
     def forward(self, step: Tensor) -> Tensor:
         """[b, s, q] -> [b, s, d], without the bias."""
         return F.linear(step, self.weight)
-
-
-def _uniform(bound: float) -> Any:
-    def init_fn(tensor: Tensor, generator: torch.Generator) -> None:
-        tensor.uniform_(-bound, bound, generator=generator)
-
-    return init_fn
 
 
 def _init_a_log(tensor: Tensor, generator: torch.Generator) -> None:
@@ -201,12 +165,13 @@ def _init_a_log(tensor: Tensor, generator: torch.Generator) -> None:
     tensor.copy_(torch.arange(1, tensor.shape[1] + 1).log().expand_as(tensor))
 
 
-def _ones(tensor: Tensor, generator: torch.Generator) -> None:
+def ones(tensor: Tensor, generator: torch.Generator) -> None:
+    """The InitFn of ones."""
     tensor.fill_(1)
 
 
-def _init_step_bias(tensor: Tensor, generator: torch.Generator) -> None:
-    """The inverse of softplus of log-uniform steps."""
+def init_step_bias(tensor: Tensor, generator: torch.Generator) -> None:
+    """The InitFn of the inverse of softplus of log-uniform steps."""
     low, high = (math.log(step) for step in STEP_RANGE)
     steps = tensor.uniform_(low, high, generator=generator).exp_().clamp_(min=STEP_FLOOR)
     tensor.copy_(steps + torch.log(-torch.expm1(-steps)))

@@ -78,7 +78,7 @@ def trained(rank: int, world_size: int, cases: dict[str, Case], layout: dict[str
             seed=1,
             backend="gloo",
         )
-        checkpoint = find_checkpoint(config, tensors(ModelDims.of(config.model, config.moe), VOCABULARY))
+        checkpoint = find_checkpoint(config, tensors(ModelDims.of(config.model, config.moe, config.mixers), VOCABULARY))
         engine = build_training_engine(config, topology, padded_vocab_size=VOCABULARY, checkpoint=checkpoint)
         own = rows().chunk(topology.data.size)[topology.data.rank]
         parts = own.chunk(config.training.gradient_accumulation_steps or 1)

@@ -30,6 +30,8 @@ from transformers import (
     GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    Mamba2Config,
+    Mamba2ForCausalLM,
     MambaConfig,
     MambaForCausalLM,
     MistralConfig,
@@ -72,6 +74,7 @@ _PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
 _SCALED = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0}
 _SCALED |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 16}
 _MAMBA = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2}
+_MAMBA2 = {**_MAMBA, "num_heads": 8, "head_dim": 16, "state_size": 12}
 _GPT2 = {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
 
 _OPT = {**_NEOX, "word_embed_proj_dim": 64, "ffn_dim": 100, "max_position_embeddings": 64, "dropout": 0.0}
@@ -156,6 +159,7 @@ DENSE: dict[str, Callable[[], PreTrainedModel]] = {
     ),
     "starcoder2": lambda: Starcoder2ForCausalLM(Starcoder2Config(**_without("rms_norm_eps"), sliding_window=6)),
     "nemotron": lambda: NemotronForCausalLM(NemotronConfig(**_without("rms_norm_eps"), attention_bias=True)),
+    "mamba2": lambda: Mamba2ForCausalLM(Mamba2Config(**_MAMBA2, n_groups=2, chunk_size=8)),
 }
 """The dense families whose blocks differ from LLaMA's in more than their numbers -> makes the model."""
 _GLM = {
@@ -276,6 +280,16 @@ MODELS = {
     ),
     "mamba": lambda: MambaForCausalLM(MambaConfig(**_MAMBA, tie_word_embeddings=False)),
     "mamba, tied, no bias": lambda: MambaForCausalLM(MambaConfig(**_MAMBA, use_conv_bias=False)),
+    "mamba2, tied, limits, biases": lambda: Mamba2ForCausalLM(
+        Mamba2Config(
+            **_MAMBA2,
+            n_groups=4,
+            tie_word_embeddings=True,
+            use_bias=True,
+            time_step_limit=(0.01, 0.5),
+            use_conv_bias=False,
+        )
+    ),
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**_GPT2)),
     "opt": lambda: OPTForCausalLM(OPTConfig(**_OPT)),
     "opt, untied, no biases": lambda: OPTForCausalLM(
@@ -314,3 +328,7 @@ def save(name: str, folder: Path, **how: object) -> PreTrainedModel:
 def tokens() -> torch.Tensor:
     """Token ids [3, 24]."""
     return torch.randint(0, VOCABULARY, (3, 24), generator=torch.Generator().manual_seed(3))
+
+
+OF_LATER_RELEASES = frozenset(name for name in MODELS if name.startswith("mamba2"))
+"""Those that 4.57.6 computes otherwise: the norm of Mamba-2 is of all groups together there."""

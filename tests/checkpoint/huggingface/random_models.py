@@ -17,6 +17,7 @@ from megatron.config import Resources, resolve
 from megatron.distributed.mesh import Topology
 from megatron.engine.builder import build_inference_engine
 from tests.checkpoint.huggingface.random_mixtures import MIXTURES
+from tests.checkpoint.huggingface.random_recurrent import RECURRENT
 
 VOCABULARY, LENGTH, POSITIONS = 48, 20, 32
 Settings = dict[str, Any]
@@ -289,21 +290,6 @@ def _mpt(chance: random.Random) -> Settings:
     }
 
 
-def _mamba(chance: random.Random) -> Settings:
-    return {
-        "vocab_size": VOCABULARY,
-        "hidden_size": chance.choice([16, 24, 32]),
-        "num_hidden_layers": chance.choice([1, 2]),
-        "state_size": _rarely(chance, 8, 16),
-        "time_step_rank": _rarely(chance, 3, "auto"),
-        "expand": _rarely(chance, 3, 2),
-        "use_conv_bias": chance.random() < 0.5,
-        "use_bias": _rarely(chance, True, False),
-        "hidden_act": _rarely(chance, "gelu", "silu"),
-        "tie_word_embeddings": chance.random() < 0.6,
-    }
-
-
 def _with_experts(draw: Callable[[random.Random, Settings], Settings], chance: random.Random) -> Settings:
     return draw(chance, _llama(chance))
 
@@ -329,7 +315,7 @@ DRAWN: dict[str, Callable[[random.Random], Settings]] = {
     "gpt2": _gpt2,
     "opt": _opt,
     "mpt": _mpt,
-    "mamba": _mamba,
+    **RECURRENT,
 }
 """model_type -> draws a config.json."""
 

@@ -67,6 +67,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "opt": {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "ffn_dim": 40},
     "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 1},
     "mamba": {"hidden_size": 32, "num_hidden_layers": 1},
+    "mamba2": {"hidden_size": 256, "num_hidden_layers": 1, "num_heads": 8},
 }
 """Sizes that keep a model small; everything else is left out."""
 ROUNDING = {"deepseek_v3": 1e-4}
@@ -107,6 +108,8 @@ CHANGES_NOTHING = frozenset(
         *("initializer_range", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "attention_dropout"),
         *("transformers_version", "architectures", "output_hidden_states", "output_attentions", "return_dict", "dtype"),
         *("output_router_logits", "num_nextn_predict_layers", "num_mtp_layers"),
+        *("chunk_size", "time_step_rank", "time_step_min", "time_step_max", "time_step_floor"),  # of recurrent blocks
+        *("rescale_prenorm_residual", "residual_in_fp32"),
         *("pretraining_tp", "max_window_layers"),  # the last without windows
         *("chunk_size_feed_forward", "is_encoder_decoder", "id2label", "label2id", "problem_type"),
     }

@@ -12,7 +12,7 @@ from megatron.checkpoint.huggingface.import_model import adopt
 from megatron.checkpoint.huggingface.model_folder import Folder
 from megatron.checkpoint.load.stored_model import open_model
 from megatron.errors import ConfigError, RunError
-from tests.checkpoint.huggingface.models import MODELS, save
+from tests.checkpoint.huggingface.models import MODELS, OF_LATER_RELEASES, save
 from tests.checkpoint.huggingface.random_models import DRAWN, ours
 from tests.checkpoint.huggingface.release import EACH, OLDER, run
 from tests.checkpoint.huggingface.tokenized import FOLDERS
@@ -49,7 +49,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
         theirs, mine = work / name / "theirs", work / name / "ours"
         assert convert_from_hf.main(["--input-dir", str(theirs), "--output-dir", str(mine)]) == 0
         assert convert_to_hf.main(["--input-dir", str(mine), "--output-dir", str(folder / f"tokenizer {name}")]) == 0
-    for name in MODELS:
+    for name in MODELS.keys() - OF_LATER_RELEASES:
         save(name, work / "models" / name)
         adopt(Folder.open(work / "models" / name), work / "adopted" / name)
         export(open_model(work / "adopted" / name), folder / f"model {name}")
@@ -60,7 +60,7 @@ def test_both_releases_read_what_we_wrote_alike(given: Path) -> None:
     """Logits to 1e-5, ids of texts with and without special tokens, begin and end ids."""
     older, newer = (run(release, "read", given) for release in RELEASES)
     assert older.keys() == newer.keys()
-    assert len(older) == 3 * len(FOLDERS) + len(MODELS) + 1
+    assert len(older) == 3 * len(FOLDERS) + len(MODELS) - len(OF_LATER_RELEASES) + 1
     for name, answer in newer.items():
         if isinstance(answer, torch.Tensor):
             torch.testing.assert_close(older[name], answer, rtol=1e-5, atol=1e-5, msg=name)
