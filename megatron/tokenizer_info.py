@@ -86,6 +86,18 @@ class MaskingTokens:
 
 
 @dataclass(frozen=True)
+class ClassTokens:
+    """What a sample of a task needs of a vocabulary."""
+
+    cls: int
+    """The id before a sample."""
+    sep: int
+    """The id behind each text."""
+    pad: int
+    """The id behind a sample that is not full."""
+
+
+@dataclass(frozen=True)
 class SpanTokens:
     """What span corruption needs of a vocabulary."""
 

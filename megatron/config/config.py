@@ -33,6 +33,7 @@ from megatron.config.schema.precision import PrecisionSection
 from megatron.config.schema.preference import PreferenceSection
 from megatron.config.schema.recompute import RecomputeSection
 from megatron.config.schema.schedule import ScheduleSection
+from megatron.config.schema.task import TaskSection
 from megatron.config.schema.tokenizer import TokenizerSection
 from megatron.config.schema.training import TrainingSection
 from megatron.config.schema.transformer_engine import TransformerEngineSection
@@ -113,6 +114,8 @@ class Config:
     """Generation and service."""
     evaluation: EvaluationSection
     """Tasks and validation."""
+    task: TaskSection
+    """Fine-tuning on a classification task."""
     launch: LaunchSection
     """Hosts, launchers, restarts."""
 

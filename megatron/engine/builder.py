@@ -18,12 +18,9 @@ from torch.nn import Module, Parameter
 
 from megatron.adapter_config import prompt_length
 from megatron.checkpoint.load.loader import Checkpoint, find_checkpoint, read_weights, validate
-from megatron.checkpoint.load.vocabulary import vocabulary_rows
 from megatron.config import Config
 from megatron.config.deepspeed_config import deepspeed_config
 from megatron.config.derived.pipe_layout import pipe_layout
-from megatron.config.derived.vocabulary import padded_vocab_size
-from megatron.config.schema.tokenizer import TokenizerSection
 from megatron.config.validation.unknown_values import require
 from megatron.distributed.init import init_distributed
 from megatron.distributed.mesh import Topology
@@ -56,7 +53,6 @@ from megatron.engine.weight_average import weight_average
 from megatron.errors import ConfigError
 from megatron.kernels.dispatch import facts_of, load_optimizer_kernel
 from megatron.kernels.weight_gradients import WeightGradients
-from megatron.log import get_logger
 from megatron.model.chunked_model import ChunkedModel
 from megatron.model.kv_cache import KVCache, cache_dtype
 from megatron.model.layers import LayerSpec, build_layer_specs
@@ -65,6 +61,7 @@ from megatron.model.model_spec import ModelSpec
 from megatron.model.moe.losses import RouterLossTracker
 from megatron.model.pipeline_model import PipelinedModel
 from megatron.model.sequential_model import SequentialModel
+from megatron.objectives.classification import ClassScores
 from megatron.optim.builder_args import OptimizerArgs
 from megatron.optim.grad_clip import GradientClipper, StepValues
 from megatron.optim.master_muon import MasterMuon
@@ -72,12 +69,8 @@ from megatron.optim.onebit import OnebitAdam
 from megatron.optim.param_groups import balance_group_count, parameter_groups
 from megatron.param_table import PROMPT, ModelDims, TensorShape, learning_rates, recurrent_state_shapes, tensors
 from megatron.pipe_schedule.layout import SPLIT
-from megatron.registry import BIDIRECTIONAL, EIGHT_BIT, OPTIMIZERS
+from megatron.registry import BIDIRECTIONAL, EIGHT_BIT, MASKED_HEAD, OPTIMIZERS
 from megatron.tokenizer_info import TokenizerInfo
-from megatron.tokenizers.base import Tokenizer
-from megatron.tokenizers.vocab_limit import BoundedTokenizer
-
-_log = get_logger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bfloat16": torch.bfloat16, "fp16": torch.float16}
 
@@ -110,6 +103,7 @@ def build_training_engine(
     vocab_size: int | None = None,
     checkpoint: Checkpoint | None = None,
     prompt_tokens: Sequence[int] = (),
+    scores: ClassScores | None = None,
 ) -> BaseEngine:
     """Builds an engine with initial weights of the seed, or those of a checkpoint (its optimizer is restored later).
 
@@ -120,6 +114,7 @@ def build_training_engine(
         vocab_size: rows that are tokens; all unless set.
         checkpoint: checkpoint to load weights from.
         prompt_tokens: tokens whose vectors initialize a soft prompt that is not in the checkpoint.
+        scores: receives the logits of a classifier's evaluations.
     """
     silence_deepspeed()
     random = TensorParallelRNG(config.training.seed, topology.rank, device())
@@ -129,7 +124,8 @@ def build_training_engine(
     layer_specs = _layer_specs(config, topology, padded_vocab_size, random, vocab_size, losses, later, parts)
     recompute = full_recompute(config.recompute, topology, random, require(config.model.num_layers))
     fused = config.kernels.fused_linear_cross_entropy
-    loss = loss_function(config.training.train_impl, topology.model, vocab_size, fused=fused)
+    objective, choices = config.training.train_impl, config.task.task_choices or 1
+    loss = loss_function(objective, topology.model, vocab_size, fused=fused, choices=choices, scores=scores)
     further = further_losses(config.model, parts)
     model: Module
     if config.parallelism.is_pipe_parallel:
@@ -176,41 +172,6 @@ def build_training_engine(
 
         return ScheduledEngine(**shared, layout=layout, weight_gradients=later)
     return PlainEngine(**shared, loss=loss)
-
-
-def build_vocabulary(
-    config: Config, topology: Topology, tokenizer: Tokenizer, *, may_grow: bool = False
-) -> tuple[Tokenizer, int]:
-    """Returns the tokenizer and the rows of the embedding; a checkpoint at `load` determines both.
-
-    Args:
-        config: full configuration.
-        topology: layout of the ranks.
-        tokenizer: tokenizer of the run.
-        may_grow: true if tokens beyond the rows of the checkpoint get new rows; otherwise texts with them are rejected.
-    """
-    rows = padded_vocab_size(tokenizer.vocab_size, config.tokenizer.make_vocab_size_divisible_by, topology.model.size)
-    tokens = tokenizer.vocab_size
-    found = vocabulary_rows(config, rows, tokens=tokens, model_size=topology.model.size, may_grow=may_grow)
-    _check_vocabulary(config.tokenizer, tokens, found.rows)
-    return tokenizer if found.known == tokens else BoundedTokenizer(tokenizer, found.known), found.rows
-
-
-def _check_vocabulary(section: TokenizerSection, tokens: int, rows: int) -> None:
-    """Compares the configured vocabulary size with the actual one. Raises ConfigError for a different number of rows.
-
-    tokens: of the tokenizer. rows: of the embedding [tokens].
-    """
-    if section.padded_vocab_size not in (None, rows):
-        raise ConfigError.of(
-            f"the embedding has {rows:,} rows, for the {tokens:,} tokens of the tokenizer",
-            key="padded_vocab_size",
-            value=section.padded_vocab_size,
-            hint="leave it out: it follows from the tokenizer, make_vocab_size_divisible_by and model_parallel_size",
-        )
-    if section.vocab_size is not None and not tokens <= section.vocab_size <= rows:
-        message = "vocab_size = %d: has no effect; the tokenizer has %d tokens"
-        _log.warning(message, section.vocab_size, tokens)
 
 
 def build_inference_engine(
@@ -290,7 +251,8 @@ def _layer_specs(
             random=random,
             recompute_attention=selective_recompute(config.recompute),
             reset_attention=config.data.reset_attention_mask or encodes,
-            reset_positions=config.data.reset_position_ids or (encodes and config.data.pack_impl == "packed"),
+            reset_positions=config.data.reset_position_ids
+            or (encodes and config.data.pack_impl == "packed" and config.model.lm_head == MASKED_HEAD),
             moe=config.moe,
             mixers=config.mixers,
             mup=config.mup,

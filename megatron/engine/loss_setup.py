@@ -9,6 +9,7 @@ from megatron.model.loss_function import LossFunction
 from megatron.model.loss_parts import LossParts
 from megatron.model.moe.losses import RouterLossTracker
 from megatron.model.multi_token import FurtherLosses, part_name
+from megatron.objectives.classification import Classification, ClassScores
 from megatron.registry import OBJECTIVES
 
 
@@ -17,7 +18,15 @@ def router_losses(moe: MoeSection) -> RouterLossTracker | None:
     return RouterLossTracker.of(moe) if moe.moe_num_experts > 1 else None
 
 
-def loss_function(train_impl: str, axis: Axis, vocab_size: int | None, *, fused: bool) -> LossFunction:
+def loss_function(
+    train_impl: str,
+    axis: Axis,
+    vocab_size: int | None,
+    *,
+    fused: bool,
+    choices: int = 1,
+    scores: ClassScores | None = None,
+) -> LossFunction:
     """Returns the objective as the engines call it.
 
     Args:
@@ -25,8 +34,12 @@ def loss_function(train_impl: str, axis: Axis, vocab_size: int | None, *, fused:
         axis: tensor-parallel ranks.
         vocab_size: number of tokens; logits past them get no probability.
         fused: compute the output layer and the loss together where the objective can.
+        choices: answers of a question of a multiple-choice task.
+        scores: receives the logits of a classifier's evaluations.
     """
-    return LossFunction(OBJECTIVES.load(train_impl)(), axis, vocab_size, fused=fused)
+    kind = OBJECTIVES.load(train_impl)
+    objective = kind(choices, scores) if kind is Classification else kind()
+    return LossFunction(objective, axis, vocab_size, fused=fused)
 
 
 def loss_parts(model: ModelSection) -> LossParts | None:

@@ -17,9 +17,10 @@ from megatron.config.validation.unknown_values import require
 from megatron.distributed.init import shutdown
 from megatron.distributed.mesh import Topology
 from megatron.distributed.process_group import any_rank
-from megatron.engine.builder import build_inference_engine, build_vocabulary, init_topology
+from megatron.engine.builder import build_inference_engine, init_topology
 from megatron.engine.encoder_decoder import EncoderDecoderEngine
 from megatron.engine.engine import Engine
+from megatron.engine.vocabulary import build_vocabulary
 from megatron.errors import ConfigError
 from megatron.health.heartbeat import ASKING
 from megatron.health.watchdog import Watchdog

@@ -40,6 +40,7 @@ from megatron.model.attention.cross import EncoderAttention
 from megatron.model.attention.latent import LatentSelfAttention
 from megatron.model.block import Block, TransformerBlock
 from megatron.model.block_spec import BlockSpec
+from megatron.model.class_head import ClassHead
 from megatron.model.embedding import EmbeddingLayer
 from megatron.model.encoder_decoder import (
     DecoderHead,
@@ -133,6 +134,8 @@ def _final_norm(spec: ModelSpec, blocks: BlockSpec, index: int) -> LayerSpec:
 def _output_layer(spec: ModelSpec, blocks: BlockSpec, index: int) -> LayerSpec:
     if spec.dims.masked_head:
         return LayerSpec(index, MaskedHead, {"spec": spec, "blocks": blocks}, tied_to=0)
+    if spec.dims.classes:
+        return LayerSpec(index, ClassHead, {"spec": spec, "blocks": blocks})
     two = spec.dims.encoder_layers > 0
     if spec.dims.tied:
         return LayerSpec(index, TiedDecoderHead if two else TiedHead, tied_to=0)

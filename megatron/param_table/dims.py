@@ -177,6 +177,8 @@ class ModelDims:
     """Whether the output layer is that of a masked language model."""
     binary_head: bool = False
     """With masked_head: whether there are a pooler and logits of the order of segments."""
+    classes: int = 0
+    """Logits of a classifier, in place of those of the vocabulary; 0 for a language model."""
     encoder_layers: int = 0
     """First blocks, which are an encoder; the others are its decoder. 0 for a model of one stack."""
     low_rank: LowRank | None = None
@@ -219,7 +221,7 @@ class ModelDims:
             pos_emb=model.pos_emb,
             max_position_embeddings=model.max_position_embeddings,
             position_offset=getattr(model, "opt_pos_emb_offset", 0),
-            tied=not model.no_weight_tying,
+            tied=not model.no_weight_tying and not getattr(model, "num_classes", None),
             qkv_bias=getattr(model, "add_qkv_bias", None),
             norm_placement=getattr(model, "norm_placement", "pre"),
             qk_norm=model.use_qk_layernorm,
@@ -237,6 +239,7 @@ class ModelDims:
             token_types=getattr(model, "num_token_types", None) or 0,
             masked_head=getattr(model, "lm_head", None) == MASKED_HEAD,
             binary_head=bool(getattr(model, "bert_binary_head", None)),
+            classes=getattr(model, "num_classes", None) or 0,
             encoder_layers=getattr(model, "encoder_num_layers", None) or 0,
             low_rank=low_rank(getattr(model, "lora", None)),
             prompt=prompt_length(getattr(model, "soft_prompt_tuning", None)),

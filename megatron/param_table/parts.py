@@ -105,6 +105,12 @@ def masked_head(dims: ModelDims, padded_vocab_size: int) -> list[TensorShape]:
     return table
 
 
+def class_head(dims: ModelDims) -> list[TensorShape]:
+    """Returns the tensors of the head of a classifier. dims: of the model."""
+    layer, hidden = dims.num_layers + 4, dims.hidden_size
+    return replicated(layer, "pooler", hidden, hidden) + replicated(layer, "classifier", dims.classes, hidden)
+
+
 def replicated(layer: int, name: str, out: int, inp: int, bias: bool = True) -> list[TensorShape]:
     """Returns the tensors of a linear layer that every rank holds in full.
 

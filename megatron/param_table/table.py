@@ -15,7 +15,7 @@ from __future__ import annotations
 from megatron.param_table.adapters import prompt_tensor, with_trained
 from megatron.param_table.blocks import block_tensors, further_token
 from megatron.param_table.dims import ModelDims
-from megatron.param_table.parts import masked_head, norm, positions
+from megatron.param_table.parts import class_head, masked_head, norm, positions
 from megatron.param_table.tensor import TensorShape
 from megatron.registry import POSITIONS
 
@@ -34,7 +34,9 @@ def tensors(dims: ModelDims, padded_vocab_size: int) -> list[TensorShape]:
     table += norm(dims, dims.num_layers + 3, "norm")
     if dims.masked_head:
         table += masked_head(dims, padded_vocab_size)
-    if not dims.tied:
+    if dims.classes:
+        table += class_head(dims)
+    elif not dims.tied:
         shape = (padded_vocab_size, dims.hidden_size)
         table.append(TensorShape(dims.num_layers + 4, "final_linear.weight", shape, 0, "head"))
     for depth in range(dims.mtp_layers):

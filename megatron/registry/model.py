@@ -215,7 +215,7 @@ VANILLA, OFF_BY_ONE, LEARNABLE = "vanilla", "off-by-one", "learnable"
 """Values of softmax_type: what the softmax of scores sums besides the keys."""
 CAUSAL, BIDIRECTIONAL = "causal", "bidirectional"
 """Values of attention_mask: tokens see earlier ones, or all of their document."""
-LINEAR_HEAD, MASKED_HEAD = "linear", "masked"
+LINEAR_HEAD, MASKED_HEAD, CLASS_HEAD = "linear", "masked", "classification"
 """Values of lm_head: the output matrix, or the heads of a masked language model."""
 
 STANDALONE_BLOCK = frozenset({"standalone block"})

@@ -123,6 +123,11 @@ OBJECTIVES = Registry(
             "megatron.objectives.language_model:LanguageModel",
             "Cross entropy of the spans that an encoder's input lacks, arXiv:1910.10683",
         ),
+        Entry(
+            "classification",
+            "megatron.objectives.classification:Classification",
+            "Cross entropy of the classes of texts, or of the answers of a question",
+        ),
     ],
 )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from megatron.errors import ConfigError
-from megatron.tokenizer_info import MaskingTokens, SpanTokens
+from megatron.tokenizer_info import ClassTokens, MaskingTokens, SpanTokens
 from megatron.tokenizers.base import Tokenizer
 from megatron.tokenizers.vocab_limit import full_tokenizer
 
@@ -35,23 +35,45 @@ OF_SPANS: Mapping[str, tuple[str, ...]] = {
 def masking_tokens(tokenizer: Tokenizer) -> MaskingTokens:
     """Returns the tokens for masked samples. Raises ConfigError for a vocabulary that lacks one."""
     tokenizer = full_tokenizer(tokenizer)
-    named = {
-        name: next((tokenizer.special_tokens[text] for text in texts if text in tokenizer.special_tokens), None)
-        for name, texts in SPELLINGS.items()
-    }
-    missing = [" or ".join(SPELLINGS[name]) for name, number in named.items() if number is None]
-    pieces = getattr(tokenizer, "pieces", None)
+    ids, pieces = _named(tokenizer, SPELLINGS), getattr(tokenizer, "pieces", None)
+    missing = [" or ".join(texts) for name, texts in SPELLINGS.items() if name not in ids]
     if missing or pieces is None:
         lacks = ", ".join(missing) or "a list of its pieces"
-        raise ConfigError.of(
-            f"train_impl: bert masks tokens of samples with separators, and the tokenizer lacks {lacks}",
-            key="tokenizer_type",
-            hint="use a vocabulary with these special tokens, such as that of BertWordPieceLowerCase; "
-            "tools/train_tokenizer.py --tokenizer-type WordPiece learns one",
-        )
-    ids = {name: number for name, number in named.items() if number is not None}
+        raise _lacking(f"train_impl: bert masks tokens of samples with separators, and the tokenizer lacks {lacks}")
     special = frozenset(tokenizer.special_tokens.values())
     return MaskingTokens(**ids, vocab_size=tokenizer.vocab_size, continues=continuing_pieces(pieces, special))
+
+
+def class_tokens(tokenizer: Tokenizer) -> ClassTokens:
+    """Returns the tokens for samples of a task. Raises ConfigError for a vocabulary that lacks one."""
+    tokenizer = full_tokenizer(tokenizer)
+    spellings = {name: texts for name, texts in SPELLINGS.items() if name != "mask"}
+    ids = _named(tokenizer, spellings)
+    missing = [" or ".join(texts) for name, texts in spellings.items() if name not in ids]
+    if missing:
+        raise _lacking(
+            "train_impl: classification puts separators around texts, and the tokenizer lacks " + ", ".join(missing)
+        )
+    return ClassTokens(**ids)
+
+
+def _named(tokenizer: Tokenizer, spellings: Mapping[str, tuple[str, ...]]) -> dict[str, int]:
+    """Returns the ids of special tokens by their names; those that the vocabulary lacks are left out."""
+    known = tokenizer.special_tokens
+    return {
+        name: known[spelt]
+        for name, texts in spellings.items()
+        if (spelt := next(filter(known.__contains__, texts), ""))
+    }
+
+
+def _lacking(what: str) -> ConfigError:
+    return ConfigError.of(
+        what,
+        key="tokenizer_type",
+        hint="use a vocabulary with these special tokens, such as that of BertWordPieceLowerCase; "
+        "tools/train_tokenizer.py --tokenizer-type WordPiece learns one",
+    )
 
 
 def span_tokens(tokenizer: Tokenizer, needed: int) -> SpanTokens:

@@ -27,6 +27,7 @@ from megatron.tokenizer_info import TokenizerInfo, describe_tokenizer
 from megatron.tokenizers import Tokenizer
 from megatron.tokenizers.masking import masking_tokens, span_tokens
 from megatron.tokenizers.vocab_limit import full_tokenizer, known_ids
+from megatron.training.task_setup import build_task_data, task_of, with_epochs
 
 
 def with_length(config: Config, start: Counters, tokenizer: Tokenizer) -> Config:
@@ -41,6 +42,9 @@ def with_length(config: Config, start: Counters, tokenizer: Tokenizer) -> Config
     if training.train_samples is not None:
         steps = ramp.steps(training.train_samples, start.consumed_samples)
         return config.replace(train_iters=start.iteration + steps)
+    task = task_of(config, tokenizer)
+    if task is not None:
+        return with_epochs(config, task)
     if training.train_epochs is None:
         return config
     samples = epoch_samples(
@@ -75,6 +79,9 @@ def build_run_data(config: Config, topology: Topology, tokenizer: Tokenizer, sta
     """
     training = config.training
     start = start or Counters()
+    task = task_of(config, tokenizer)
+    if task is not None:
+        return build_task_data(config, topology, task)
     samples = num_samples(training, train_iters(config), start, same_valid=config.data.valid_same_samples)
     data = build_data(
         config.data,
@@ -176,7 +183,7 @@ def run_inputs(config: Config, data: Data, tokenizer: Tokenizer, checkpoint: Che
         tokenizer: the tokenizer.
         checkpoint: what the run starts from; None for random weights.
     """
-    order = None
+    order = data.plan.order
     if data.plan.train is not None:
         epochs = config.training.train_epochs
         masked = masked_data(config, tokenizer)

@@ -43,11 +43,9 @@ def run_loop(schedule: TrainSchedule, context: LoopContext, state: RunState) -> 
     hooks.on_run_start(state)
     if context.save is not None and state.iteration == 0 and _save_due(schedule, state):
         _save(context, state)
-    if _evaluates(schedule, context) and context.evaluated is not None:
-        missing = context.evaluated.start(state.iteration)
-        if missing and _evaluation_due(schedule, context, state):
-            with window.clock.excluded():
-                reason = _evaluate(schedule, context, state)
+    if _starts_with_evaluation(schedule, context, state):
+        with window.clock.excluded():
+            reason = _evaluate(schedule, context, state)
     while state.iteration < schedule.total and reason is None:
         size = schedule.sizes.at(state.iteration, state.consumed_samples)
         context.engine.prepare(size.micro_batches, size.length)
@@ -213,6 +211,14 @@ def _values_due(schedule: TrainSchedule, context: LoopContext, state: RunState) 
 def _evaluation_due(schedule: TrainSchedule, context: LoopContext, state: RunState) -> bool:
     due = intervals.every(state.iteration, schedule.eval_interval) or state.iteration == schedule.total
     return due and _evaluates(schedule, context)
+
+
+def _starts_with_evaluation(schedule: TrainSchedule, context: LoopContext, state: RunState) -> bool:
+    """Whether an evaluation is to be made up that the run before did not end, or is all that there is to do."""
+    if not _evaluates(schedule, context):
+        return False
+    missing = context.evaluated.start(state.iteration) if context.evaluated is not None else False
+    return schedule.total == 0 or (missing and _evaluation_due(schedule, context, state))
 
 
 def _evaluates(schedule: TrainSchedule, context: LoopContext) -> bool:

@@ -21,10 +21,12 @@ class StepSize:
     """Sequence length [tokens]."""
     max_length: int
     """Sequence length of the data [tokens]."""
+    rows: int = 1
+    """Sequences of a sample: the answers of a question."""
 
     @property
     def tokens(self) -> int:
-        return self.samples * self.length
+        return self.samples * self.rows * self.length
 
     def truncate(self, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
         """Truncates the sequences of the micro batches to the length of this step."""
@@ -43,8 +45,11 @@ class StepSizes:
     """Iteration -> sequence length [tokens]."""
     max_length: int
     """Sequence length of the data [tokens]."""
+    rows: int = 1
+    """Sequences of a sample."""
 
     def at(self, steps: int, consumed_samples: int) -> StepSize:
         """Returns the size of the step after so many steps and samples."""
         samples = self.ramp.size(consumed_samples)
-        return StepSize(samples, samples // self.samples_per_micro_batch, self.lengths(steps + 1), self.max_length)
+        length = self.lengths(steps + 1)
+        return StepSize(samples, samples // self.samples_per_micro_batch, length, self.max_length, self.rows)

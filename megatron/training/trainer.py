@@ -34,7 +34,8 @@ from megatron.distributed.process_group import any_rank, device
 from megatron.distributed.timeouts import set_collective_timeout
 from megatron.engine.base import BaseEngine
 from megatron.engine.batch_copies import DeviceCopies
-from megatron.engine.builder import DTYPES, build_training_engine, build_vocabulary, init_topology
+from megatron.engine.builder import DTYPES, build_training_engine, init_topology
+from megatron.engine.vocabulary import build_vocabulary
 from megatron.errors import ConfigError
 from megatron.evaluation.char_perplexity import Characters
 from megatron.evaluation.runner import live_evaluation
@@ -49,6 +50,7 @@ from megatron.metrics.memory import peak_memory_bytes
 from megatron.metrics.peak_flops import find_peak
 from megatron.metrics.reporter import Reporter
 from megatron.metrics.timers import no_wait
+from megatron.objectives.classification import ClassScores
 from megatron.optim.lr_schedule import build as build_schedule
 from megatron.param_table import ModelDims, tensors
 from megatron.plan.report import model_flops
@@ -77,6 +79,7 @@ from megatron.training.loop_context import LoopContext, TrainSchedule
 from megatron.training.nan_guard import LossGuard
 from megatron.training.run_state import RunState
 from megatron.training.step_schedule import StepSizes
+from megatron.training.task_setup import task_hook, task_of, with_pretrained
 from megatron.training.validation import evaluation_metrics
 
 _log = get_logger(__name__)
@@ -116,6 +119,7 @@ def _train(config: Config, topology: Topology, stop: Stop, watchdog: Watchdog, h
         check_family(config.model, config.moe, config.mixers, config.mup)
     tokenizer = build_tokenizer(config.tokenizer)
     make_available(config.checkpoint, shared=config.data.use_shared_fs)
+    config = with_pretrained(config)
     tokenizer, vocabulary = build_vocabulary(config, topology, tokenizer, may_grow=config.checkpoint.finetune)
     checkpoint = _starting_point(config, vocabulary, tokenizer)
     start = checkpoint.counters() if checkpoint else Counters()
@@ -132,6 +136,7 @@ def _train(config: Config, topology: Topology, stop: Stop, watchdog: Watchdog, h
         vocab_size=known_ids(tokenizer),
         checkpoint=checkpoint,
         prompt_tokens=_prompt_tokens(config, tokenizer),
+        scores=(scores := ClassScores()),
     )
     counters = restore(checkpoint, engine) if checkpoint else Counters()
     state = RunState.from_counters(counters)
@@ -142,6 +147,7 @@ def _train(config: Config, topology: Topology, stop: Stop, watchdog: Watchdog, h
     try:
         schedule = _train_schedule(config, topology, vocabulary, reporter)
         saver = _saver(config, engine, vocabulary, checkpoint, inputs, reporter.message)
+        task = task_of(config, tokenizer)
         tasks = live_evaluation(config, engine, tokenizer, topology, stop_requested=lambda: stop.requested)
         hooks: list[Hook] = [
             ActivityHook(watchdog),
@@ -152,6 +158,7 @@ def _train(config: Config, topology: Topology, stop: Stop, watchdog: Watchdog, h
             ),
             *_loss_guard(config, engine, data, reporter),
             *([TaskEvaluationHook(tasks, reporter, watchdog)] if tasks is not None else []),
+            *([task_hook(config, topology, task, scores, reporter)] if task is not None and task.valid else []),
         ]
         characters = Characters(tokenizer) if config.training.char_level_ppl else None
         context = _loop_context(config, engine, data, reporter, stop, saver, evaluated, Hooks(hooks), characters)
@@ -232,6 +239,7 @@ def _train_schedule(config: Config, topology: Topology, vocabulary: int, reporte
         sizes=StepSizes(
             BatchRampup.of(batch, training.rampup_batch_size),
             samples_per_micro_batch=require(training.train_micro_batch_size_per_gpu) * topology.data.size,
+            rows=config.task.task_choices or 1,
             lengths=curriculum_lengths(config.deepspeed.curriculum_learning, require(model.seq_length)),
             max_length=require(model.seq_length),
         ),

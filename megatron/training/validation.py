@@ -34,7 +34,8 @@ def _losses(schedule: TrainSchedule, context: LoopContext, state: RunState, spli
     first_sample = number * schedule.eval_iters * schedule.samples
     own = [(f"{split}/{name}", source) for name, source in context.valid_sets.items()]
     for name, source in [(split, context.valid), *own]:
-        losses = evaluation_metrics(schedule, context, context.hooks.batches(source, "validation", first_sample))
+        batches = context.hooks.batches(source, "validation", first_sample)
+        losses = evaluation_metrics(schedule, context, batches, source.full_pass)
         if losses is None:
             return False
         if losses:
@@ -43,14 +44,20 @@ def _losses(schedule: TrainSchedule, context: LoopContext, state: RunState, spli
 
 
 def evaluation_metrics(
-    schedule: TrainSchedule, context: LoopContext, batches: Iterator[MicroBatch]
+    schedule: TrainSchedule, context: LoopContext, batches: Iterator[MicroBatch], count: int | None = None
 ) -> dict[str, float] | None:
     """Returns the loss of one evaluation over these batches and metrics derived from it; None after a stop request.
 
     Nothing, with a message, where no token of the batches has a label.
+
+    Args:
+        schedule: numbers of the run.
+        context: objects of the run.
+        batches: micro batches.
+        count: how many of them; those of eval_iters global batches unless given.
     """
     counted = batches if context.characters is None else context.characters.counted(batches)
-    sums = _sums(schedule, context, counted)
+    sums = _sums(schedule, context, counted, schedule.eval_iters * schedule.micro_batches if count is None else count)
     if sums is None:
         context.reporter.message("the evaluation is given up: a stop was asked for")
         return None
@@ -66,12 +73,19 @@ def evaluation_metrics(
     return {"lm_loss": mean, "lm_loss_char_lvl_ppl": context.characters.perplexity(mean)}
 
 
-def _sums(schedule: TrainSchedule, context: LoopContext, batches: Iterator[MicroBatch]) -> tuple[float, float] | None:
+def _sums(
+    schedule: TrainSchedule, context: LoopContext, batches: Iterator[MicroBatch], left: int
+) -> tuple[float, float] | None:
     """The loss of all tokens that count [nats], and their number; None after a stop request on any rank.
 
     The request is checked every few micro batches.
+
+    Args:
+        schedule: numbers of the run.
+        context: objects of the run.
+        batches: micro batches.
+        left: how many of them.
     """
-    left = schedule.eval_iters * schedule.micro_batches
     share = schedule.micro_batches * -(-context.engine.min_eval_batches // schedule.micro_batches)
     loss = tokens = 0.0
     while left > 0:

@@ -23,7 +23,7 @@ from megatron.checkpoint.remote.s3_sync import Mirror, fetch_missing, open_mirro
 from megatron.checkpoint.save.commit import retain
 from megatron.config.schema.checkpoint import CheckpointSection
 from megatron.distributed.mesh import Topology
-from megatron.engine.builder import build_vocabulary
+from megatron.engine.vocabulary import build_vocabulary
 from megatron.errors import ConfigError, RunError
 from megatron.ranks import Ranks
 from megatron.tokenizers.builder import build_tokenizer

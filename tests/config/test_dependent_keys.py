@@ -19,6 +19,8 @@ EXPERTS = {"moe_num_experts": 2}
 TOPK = {**EXPERTS, "moe_router_type": "topk"}
 RESUMED = {"load": "x"}
 INFINITE = {"lr_decay_style": "infinite_cosine", "infinite_constant_lr": 5e-4, "min_lr": 1e-5}
+TASK = {"train_impl": "classification", "task_train_data": ["x.jsonl"], "task_labels": ["a", "b"]}
+TASK |= {"no_weight_tying": False, "pos_emb": "learned"}
 SAVED = {"save": "x", "extra_save_iters": [1]}
 SETS = {f"{split}_data_paths": ["a", "b"] for split in ("train", "valid", "test")}
 
@@ -203,6 +205,18 @@ WHERE_IT_MATTERS: dict[str, tuple[Any, dict[str, Any] | None]] = {
             "decoder_seq_length": 16,
         },
     ),
+    "task_format": ("tsv", TASK),
+    "task_train_data": (["x.jsonl"], TASK),
+    "task_valid_data": (["x.jsonl"], TASK),
+    "task_fields": ({"text": "t"}, TASK),
+    "task_labels": (["a", "b"], TASK),
+    "task_choices": (2, {**TASK, "task_labels": None}),
+    "task_predictions": ("x", {**TASK, "task_valid_data": ["x.jsonl"]}),
+    "pack_impl": ("unpacked", {}),
+    "eod_mask_loss": (True, {}),
+    "valid_same_samples": (True, {}),
+    "mmap_warmup": (True, {}),
+    "eval_interval": (7, TASK),
     "z_loss": (0.1, {"train_impl": "rm"}),
     "online_dataserver_ips": (["x"], {"dataset_impl": "online"}),
     "online_dataserver_ports": ([1], {"dataset_impl": "online"}),
@@ -230,6 +244,8 @@ WHERE_IT_DOES_NOT: dict[str, dict[str, Any]] = {
     "warmup": {"warmup_iters": 3},
     "min_lr": {"lr_decay_style": "constant"},
     "split": SETS,
+    "eval_interval": {**TASK, "train_iters": None, "train_epochs": 2},
+    **dict.fromkeys(("pack_impl", "eod_mask_loss", "valid_same_samples", "mmap_warmup"), TASK),
     **{key: {"use_wandb": False} for key in WHERE_IT_MATTERS if key.startswith("wandb_")},
 }
 
@@ -252,11 +268,10 @@ EVERY_RUN = frozenset(
     prescale_gradients gradient_predivide_factor communication_data_type steps_per_print wall_clock_breakdown
     dump_state flops_profiler comms_logger activation_checkpointing curriculum_learning tensorboard wandb
     csv_monitor checkpoint deepspeed_extra_args data_path train_data_paths valid_data_paths test_data_paths
-    data_impl pack_impl reset_attention_mask reset_position_ids eod_mask_loss valid_same_samples num_workers
-    mmap_warmup use_shared_fs
+    data_impl reset_attention_mask reset_position_ids num_workers use_shared_fs
     tokenizer_type make_vocab_size_divisible_by train_batch_size train_micro_batch_size_per_gpu
     gradient_accumulation_steps rampup_batch_size train_iters train_epochs train_samples lr_decay_samples train_impl
-    eval_interval eval_iters seed deterministic exit_interval exit_duration on_nan char_level_ppl use_mup
+    eval_iters seed deterministic exit_interval exit_duration on_nan char_level_ppl use_mup
     coord_check save_base_shapes te_columnparallel te_rowparallel te_layernorm_mlp te_mha save load log_interval
     log_dir tensorboard_dir use_wandb use_comet git_hash peak_theoretical_tflops fingerprint_interval log_grad_norm
     log_grad_pct_zeros log_param_norm loss_spike_factor log_optimizer_states log_gradient_noise_scale
@@ -286,6 +301,8 @@ REFUSED: dict[str, Any] = {
     "iteration": 5,
     "finetune": True,
     "s3_path": "s3://bucket/x",
+    "num_classes": 2,
+    "pretrained_checkpoint": "x",
 }
 PAIRS = {
     key

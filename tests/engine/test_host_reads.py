@@ -138,6 +138,8 @@ class Following(Hook):
 class Same:
     """The same micro batches again and again."""
 
+    full_pass = None
+
     def __init__(self, batches: list[MicroBatch]) -> None:
         self._batches = batches
 

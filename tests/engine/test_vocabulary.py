@@ -8,7 +8,7 @@ import pytest
 
 from megatron.checkpoint.load.vocabulary import Rows
 from megatron.distributed.mesh import Topology
-from megatron.engine import builder
+from megatron.engine import vocabulary
 from megatron.tokenizers.char_level import CharLevelTokenizer
 from tests.end_to_end.runs import make_dataset, run, series
 from tests.inference.small_model import small_config
@@ -37,6 +37,6 @@ def test_rows_that_do_not_follow_from_the_tokenizer_are_refused(tmp_path: Path) 
 )
 def test_a_size_that_the_model_has_rows_for_has_an_effect(monkeypatch, caplog, vocab_size, rows, warned) -> None:
     """The tokenizer has 512 tokens."""
-    monkeypatch.setattr(builder, "vocabulary_rows", lambda *_, **__: Rows(rows, 512))
-    builder.build_vocabulary(small_config(vocab_size=vocab_size), Topology.single(), CharLevelTokenizer())
+    monkeypatch.setattr(vocabulary, "vocabulary_rows", lambda *_, **__: Rows(rows, 512))
+    vocabulary.build_vocabulary(small_config(vocab_size=vocab_size), Topology.single(), CharLevelTokenizer())
     assert ("has no effect" in caplog.text) == warned

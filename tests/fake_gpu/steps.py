@@ -175,6 +175,8 @@ class Bf16Optimizer:
 class FakeBatches:
     """Endless micro batches on the host."""
 
+    full_pass = None
+
     def batches(self, consumed_samples: int = 0) -> Iterator[MicroBatch]:
         tokens = torch.zeros(models.BATCH, models.LENGTH, dtype=torch.long)
         while True:
@@ -183,6 +185,8 @@ class FakeBatches:
 
 class MaskedBatches:
     """Endless micro batches of padded samples with two segments, on the host."""
+
+    full_pass = None
 
     def batches(self, consumed_samples: int = 0) -> Iterator[MicroBatch]:
         tokens = torch.zeros(models.BATCH, models.LENGTH, dtype=torch.long)
@@ -196,6 +200,8 @@ class MaskedBatches:
 
 class SpanBatches:
     """Endless micro batches of an encoder-decoder, with padding of the encoder, on the host."""
+
+    full_pass = None
 
     def batches(self, consumed_samples: int = 0) -> Iterator[MicroBatch]:
         tokens = torch.zeros(models.BATCH, models.LENGTH, dtype=torch.long)

@@ -54,6 +54,7 @@ def model_section(**changes: object) -> Any:
         "lm_head": "linear",
         "bert_binary_head": False,
         "num_token_types": 0,
+        "num_classes": None,
         "lora": None,
         "soft_prompt_tuning": None,
         "add_qkv_bias": None,

@@ -82,6 +82,8 @@ class RecordingHook(Hook):
 class Data:
     """Endless micro batches."""
 
+    full_pass = None
+
     def batches(self, consumed_samples: int = 0) -> Iterator[MicroBatch]:
         tokens = torch.zeros(SAMPLES, LENGTH, dtype=torch.long)
         while True:

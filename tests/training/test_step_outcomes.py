@@ -53,6 +53,8 @@ class ScriptedEngine:
 class FixedData:
     """Endless micro batches."""
 
+    full_pass = None
+
     def batches(self, consumed_samples: int = 0) -> Iterator[MicroBatch]:
         tokens = torch.zeros(SAMPLES, LENGTH, dtype=torch.long)
         while True:

@@ -116,6 +116,9 @@ def export(
     config |= family.experts.config(model, stored.moe) if family.experts else {}
     config |= family.mixers.config(model, stored.mixers) if family.mixers else {}
     config |= {"pad_token_id": None} if family.class_pads else {}
+    if stored.labels:
+        config["id2label"] = {str(number): label for number, label in enumerate(stored.labels)}
+        config["label2id"] = {label: number for number, label in enumerate(stored.labels)}
     config |= dict(special or {}) | {"torch_dtype": _CALLED[dtype or _stored_dtype(stored, stored.table[0])]}
     files.write_json(output / CONFIG, config)
     return Exported(family.name, family.architecture, len(promises), sum(promise.size for promise in promises), rows)

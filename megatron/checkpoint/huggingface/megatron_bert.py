@@ -1,5 +1,7 @@
 """Megatron's BERT: `MegatronBertForPreTraining`, or `MegatronBertForMaskedLM` where no order of segments is learned.
 
+A classifier is `MegatronBertForSequenceClassification`, and `MegatronBertForMultipleChoice` with a logit an answer.
+
 Norms are before attention and MLP, and one behind the last block (arXiv:1909.08053, figure 7).
 """
 
@@ -20,11 +22,13 @@ from megatron.checkpoint.huggingface.family import (
 )
 from megatron.checkpoint.huggingface.name_map import Names
 from megatron.config.derived.encoder import MASKED
+from megatron.config.derived.task import CLASSES
 from megatron.config.schema.model import ModelSection
 from megatron.errors import ConfigIssue
 from megatron.param_table import ModelDims
 
 PRETRAINING, MASKED_LM = "MegatronBertForPreTraining", "MegatronBertForMaskedLM"
+CLASSIFIER, CHOICE = "MegatronBertForSequenceClassification", "MegatronBertForMultipleChoice"
 _ACTIVATIONS = {"gelu": "gelu"}
 """Both activate the layer before the output matrix too, which is gelu here."""
 
@@ -47,9 +51,15 @@ def _misfits(model: ModelSection) -> list[ConfigIssue]:
     return errors
 
 
+def _architecture(model: ModelSection) -> str:
+    if model.num_classes is not None:
+        return CLASSIFIER if model.num_classes > 1 else CHOICE
+    return PRETRAINING if model.bert_binary_head else MASKED_LM
+
+
 def _config(model: ModelSection, padded_vocab_size: int) -> Settings:
     return {
-        "architectures": [PRETRAINING if model.bert_binary_head else MASKED_LM],
+        "architectures": [_architecture(model)],
         "vocab_size": padded_vocab_size,
         "hidden_size": model.hidden_size,
         "num_hidden_layers": model.num_layers,
@@ -69,9 +79,7 @@ def _settings(theirs: Mapping[str, Any]) -> Settings:
     check_config(theirs, {"is_decoder": False, "add_cross_attention": False, "tie_word_embeddings": True})
     check_config(theirs, {"position_embedding_type": "absolute"})
     return {
-        "train_impl": MASKED,
-        "pack_impl": "unpacked",
-        "bert_binary_head": MASKED_LM not in (theirs.get("architectures") or ()),
+        **_objective(theirs),
         "num_token_types": theirs["type_vocab_size"],
         "num_layers": theirs["num_hidden_layers"],
         "hidden_size": theirs["hidden_size"],
@@ -87,6 +95,19 @@ def _settings(theirs: Mapping[str, Any]) -> Settings:
         "hidden_dropout": theirs["hidden_dropout_prob"],
         "attention_dropout": theirs["attention_probs_dropout_prob"],
     }
+
+
+def _objective(theirs: Mapping[str, Any]) -> Settings:
+    """Returns the keys of the objective and its head."""
+    classes = theirs.get("architectures") or ()
+    if CHOICE in classes:
+        return {"train_impl": CLASSES, "num_classes": 1}
+    if CLASSIFIER in classes:
+        check_config(theirs, {"problem_type": "single_label_classification"})
+        names = theirs.get("id2label") or {str(number): f"LABEL_{number}" for number in range(2)}
+        labels = [names[str(number)] for number in range(len(names))]
+        return {"train_impl": CLASSES, "num_classes": len(labels), "task_labels": labels}
+    return {"train_impl": MASKED, "pack_impl": "unpacked", "bert_binary_head": MASKED_LM not in classes}
 
 
 NAMES = Names(
@@ -108,11 +129,14 @@ def _table(dims: ModelDims) -> list[TensorMapping]:
     head = f"{dims.num_layers + 4}."
     rows = NAMES.table(dims)
     rows.append(same("0.tokentype_embeddings.weight", "bert.embeddings.token_type_embeddings.weight"))
-    rows.append(same(f"{head}bias", "cls.predictions.bias"))
-    modules = {
-        "lm_head.dense": "cls.predictions.transform.dense",
-        "lm_head.layernorm": "cls.predictions.transform.LayerNorm",
-    }
+    if dims.classes:
+        modules = {"pooler": "bert.pooler.dense", "classifier": "classifier"}
+    else:
+        rows.append(same(f"{head}bias", "cls.predictions.bias"))
+        modules = {
+            "lm_head.dense": "cls.predictions.transform.dense",
+            "lm_head.layernorm": "cls.predictions.transform.LayerNorm",
+        }
     if dims.binary_head:
         modules |= {"pooler": "bert.pooler.dense", "binary_head": "cls.seq_relationship"}
     for ours, theirs in modules.items():

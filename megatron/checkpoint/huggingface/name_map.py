@@ -79,7 +79,7 @@ class Names:
             rows += self._block(dims, number, f"{number + 2}.", self.block.format(number))
         last = dims.num_layers + 3
         rows += [same(f"{last}.norm.{ours}", f"{self.final_norm}.{theirs}") for ours, theirs in self.norm_values]
-        if not dims.tied:
+        if not dims.tied and not dims.classes:
             rows.append(same(f"{last + 1}.final_linear.weight", f"{self.head}.weight"))
         for depth in range(dims.mtp_layers):
             rows += self._further_token(dims, f"{last + 2 + depth}.", self.block.format(dims.num_layers + depth))

@@ -68,6 +68,8 @@ class Checkpoint:
     """The reader's."""
     may_add: bool = False
     """What is trained beside a frozen model may be missing, and starts anew."""
+    new_head: bool = False
+    """The head begins anew, and those of the stored model are left out."""
     output_layer: int = 1 << 30
     """Layer index of the output layer; behind it are modules that predict further tokens."""
 
@@ -200,6 +202,7 @@ def find_checkpoint(
     if section.load is None:
         return None
     from_start = section.finetune or weights_only
+    gets_head = section.finetune and section.pretrained_checkpoint == section.load
     root = Path(section.load)
     weights: StoredWeights
     if is_folder(root):
@@ -216,7 +219,8 @@ def find_checkpoint(
         directory = found
         if (directory / layout.RESOLVED).is_file():
             trained = files.read_json(directory / layout.RESOLVED)
-            same_model(trained, config.flat(), directory, finetune=section.finetune and not weights_only)
+            finetune = section.finetune and not weights_only
+            same_model(trained, config.flat(), directory, finetune=finetune, new_head=gets_head)
         if (directory / layout.RUN).is_file():
             stored = files.read_json(directory / layout.RUN)
             same_parametrisation(stored.get("mup", {}), config.mup, directory)
@@ -240,6 +244,7 @@ def find_checkpoint(
         validated_in=config.precision.precision if section.checkpoint_validation_with_forward_pass else None,
         optimizer_type=config.optimizer.optimizer_type,
         may_add=section.finetune and not weights_only,
+        new_head=gets_head,
         output_layer=(config.model.num_layers or 0) + 4,
     )
 
@@ -274,8 +279,8 @@ def read_weights(checkpoint: Checkpoint, topology: Topology, requested: Sequence
     missing, unexpected or has another shape.
     """
     stored = checkpoint.weights
-    found = _without_further_tokens(checkpoint, stored.keys())
-    added = {key_of(shape) for shape in checkpoint.table if _begins_anew(shape, checkpoint.output_layer)}
+    found = _without_heads(checkpoint, _without_further_tokens(checkpoint, stored.keys()))
+    added = {key_of(shape) for shape in checkpoint.table if _begins_anew(shape, checkpoint)}
     expected = {key_of(shape) for shape in checkpoint.table}
     unexpected, missing = sorted(found - expected), sorted(expected - found)
     anew = added.intersection(missing) if checkpoint.may_add else set()
@@ -313,12 +318,24 @@ def _without_further_tokens(checkpoint: Checkpoint, found: set[str]) -> set[str]
     return remaining
 
 
-def _begins_anew(shape: TensorShape, output_layer: int) -> bool:
+def _without_heads(checkpoint: Checkpoint, found: set[str]) -> set[str]:
+    """The stored tensors, without those of a pretrained model's heads that a classifier has not."""
+    if not checkpoint.new_head:
+        return found
+    expected = {key_of(shape) for shape in checkpoint.table}
+    left = {key for key in found - expected if int(key.partition(".")[0]) == checkpoint.output_layer}
+    if left:
+        _log.info("%s: %d tensors of its heads are left out", checkpoint.directory, len(left))
+    return found - left
+
+
+def _begins_anew(shape: TensorShape, checkpoint: Checkpoint) -> bool:
     """Whether a model that is trained on may get the tensor.
 
-    These are adapters, the biases that balance experts, and modules that predict further tokens.
+    These are adapters, the biases that balance experts, modules that predict further tokens, and a classifier's head.
     """
-    return is_adapter_tensor(shape) or shape.kind == "buffer" or shape.layer > output_layer
+    head = checkpoint.new_head and shape.layer == checkpoint.output_layer
+    return is_adapter_tensor(shape) or shape.kind == "buffer" or shape.layer > checkpoint.output_layer or head
 
 
 def _strangers(unexpected: list[str], missing: list[str], added: set[str], location: str) -> list[ConfigIssue]:

@@ -100,6 +100,8 @@ _ADJUSTED: dict[str, Concerned] = {
     "scalenorm_epsilon": lambda values: values["norm"] == "scalenorm",
 }
 """Keys that are changed on purpose at times, as for longer texts: a warning, no error."""
+_HEADS = frozenset({"lm_head", "bert_binary_head"})
+"""Keys of heads, which a classifier replaces."""
 _LATER = frozenset(
     {
         *("softmax_type", "activation_func_clamp_value", "glu_linear_offset", "norm_placement", "softmax_scale"),
@@ -111,7 +113,7 @@ _LATER = frozenset(
 _SAME = {"flash": "global", "te_rmsnorm": "rmsnorm", "te_layernorm": "layernorm", "swish": "silu"}
 
 
-def same_model(stored: Values, own: Values, location: Path, *, finetune: bool) -> None:
+def same_model(stored: Values, own: Values, location: Path, *, finetune: bool, new_head: bool = False) -> None:
     """ConfigError for each key that would make another model of the weights; a line for those that may be changed.
 
     Args:
@@ -120,10 +122,11 @@ def same_model(stored: Values, own: Values, location: Path, *, finetune: bool) -
         own: See `stored`.
         location: The checkpoint, for messages.
         finetune: Training starts anew from the weights, so that every change is a warning and none is refused.
+        new_head: The model gets another head on purpose.
     """
     if stored.get("hidden_size", own.get("hidden_size")) != own.get("hidden_size"):
         return  # the tensors have other shapes, which reading them reports
-    differing = list(_differing(_MODEL, stored, own))
+    differing = [key for key in _differing(_MODEL, stored, own) if not (new_head and key in _HEADS)]
     reported = [*(differing if finetune else []), *_differing(_ADJUSTED, stored, own)]
     for key in reported:
         _log.warning(

@@ -23,6 +23,7 @@ from megatron.config.schema.mixers import MixersSection
 from megatron.config.schema.model import ModelSection
 from megatron.config.schema.moe import MoeSection
 from megatron.config.schema.mup import MupSection
+from megatron.config.schema.task import TaskSection
 from megatron.config.schema.tokenizer import TokenizerSection
 from megatron.errors import ConfigError, RunError
 from megatron.param_table import ModelDims, TensorShape, tensors
@@ -51,6 +52,9 @@ class _Described(Protocol):
     @property
     def generation(self) -> GenerationSection: ...
 
+    @property
+    def task(self) -> TaskSection: ...
+
 
 @dataclass(frozen=True)
 class StoredModel:
@@ -78,6 +82,8 @@ class StoredModel:
     """Its weight files."""
     masters: OptimizerState | None
     """The optimizer's fp32 copies, where kept."""
+    labels: tuple[str, ...]
+    """Names of a classifier's classes."""
 
     def full_tensor(self, shape: TensorShape, *, precise: bool = False) -> Tensor:
         """The global tensor as stored; precise: the optimizer's fp32 copy of it, if there is one."""
@@ -124,7 +130,7 @@ def open_model(path: Path, *, iteration: int | None = None, config_files: Sequen
     table = tuple(tensors(ModelDims.of(model, moe, mixers), rows))
     masters = OptimizerState.open(directory, {key_of(shape): shape for shape in table})
     sections = (model, moe, mixers, config.mup, tokenizer, config.generation)
-    stored = StoredModel(directory, *sections, table, rows, weights, masters)
+    stored = StoredModel(directory, *sections, table, rows, weights, masters, config.task.task_labels or ())
     _compare(stored)
     return stored
 

@@ -31,6 +31,7 @@ from megatron.config.derived.precision import (
     derive_precision,
     fp16_block,
 )
+from megatron.config.derived.task import CLASSES, TASK_KEYS, derive_task
 from megatron.config.derived.zero import derive_zero
 from megatron.config.validation.unknown_values import UnresolvedValue
 from megatron.errors import ConfigError, ConfigIssue
@@ -162,6 +163,15 @@ def _attention(draft: ConfigDraft) -> None:
 
 def _encoder(draft: ConfigDraft) -> None:
     for name, value in derive_encoder(draft["train_impl"], {name: draft[name] for name in ENCODER_KEYS}).items():
+        draft.derive(name, value)
+
+
+def _task(draft: ConfigDraft) -> None:
+    if draft["train_impl"] != CLASSES:
+        return
+    files = (*(draft["task_train_data"] or ()), *(draft["task_valid_data"] or ()))
+    given = {name: draft[name] for name in TASK_KEYS}
+    for name, value in derive_task(given, draft["num_classes"], files).items():
         draft.derive(name, value)
 
 
@@ -332,6 +342,7 @@ DERIVATIONS: tuple[tuple[Callable[[ConfigDraft], None], frozenset[str]], ...] = 
     (_head_width, _fills("kv_channels")),
     (_attention, _fills("attention_config", TYPES)),
     (_encoder, _fills(*ENCODER_KEYS)),
+    (_task, _fills(*TASK_KEYS, "num_classes")),
     (_adapters, _fills()),
     (_precision, _fills("precision", "fp16", "bf16", "data_types")),
     (_loss_scale, _fills("dynamic_loss_scale")),

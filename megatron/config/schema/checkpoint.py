@@ -20,6 +20,11 @@ class CheckpointSection(Section):
         "where a newer one is damaged, fresh starts from initial weights where there is none.",
         choices=("error", "previous", "fresh"),
     )
+    pretrained_checkpoint: str | None = key(
+        None,
+        "Save folder of a trained encoder, whose weights without its heads a classifier starts from where `load` has "
+        "nothing to resume.",
+    )
     iteration: int | None = key(None, "Checkpoint to load; the latest when left out.", unit="steps")
     finetune: bool = key(False, "Load the weights only and count iterations from 0.")
     checkpoint_factor: int | float | None = key(

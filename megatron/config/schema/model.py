@@ -14,6 +14,7 @@ from megatron.registry import (
     ATTENTION,
     BIDIRECTIONAL,
     CAUSAL,
+    CLASS_HEAD,
     LEARNABLE,
     LINEAR_HEAD,
     MASKED_HEAD,
@@ -198,8 +199,14 @@ class ModelSection(Section):
     lm_head: str | None = key(
         None,
         "Layers before the output matrix: linear, none; masked, a dense layer, gelu and a norm, and a bias behind it, "
-        "as in BERT. Follows from train_impl.",
-        choices=(LINEAR_HEAD, MASKED_HEAD),
+        "as in BERT; classification, a pooler and num_classes logits. Follows from train_impl.",
+        choices=(LINEAR_HEAD, MASKED_HEAD, CLASS_HEAD),
+    )
+    num_classes: int | None = key(
+        None,
+        "Logits of a classifier: one a label, or 1 for each answer of a multiple-choice task. Follows from task_labels "
+        "and task_choices.",
+        unit="classes",
     )
     bert_binary_head: bool | None = key(
         None,

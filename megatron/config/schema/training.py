@@ -29,7 +29,9 @@ class TrainingSection(Section):
     train_impl: str = key(
         "normal", "Training objective.", choices=OBJECTIVES, planned=("dpo", "rm", "kto", "reinforce")
     )
-    eval_interval: int = key(1000, "Steps between evaluations.", unit="steps")
+    eval_interval: int = key(
+        1000, "Steps between evaluations; with a task and train_epochs an epoch has one at its end.", unit="steps"
+    )
     eval_iters: int = key(100, "Batches in one evaluation.", unit="batches")
     do_train: bool | None = key(None, "Whether there is anything to train; follows from the data.")
     do_valid: bool | None = key(None, "Whether there is anything to validate; follows from the data.")

@@ -9,8 +9,9 @@ from typing import Any
 from megatron.config.config import Config
 from megatron.config.derived.encoder import CONVERSION, MASKED
 from megatron.config.derived.fill import trains
+from megatron.config.derived.task import CLASSES
 from megatron.errors import ConfigIssue
-from megatron.registry import BIDIRECTIONAL, MASKED_HEAD, POSITIONS
+from megatron.registry import BIDIRECTIONAL, CLASS_HEAD, LINEAR_HEAD, MASKED_HEAD, POSITIONS
 
 SHORTEST = 8
 """Tokens of the shortest sequence with two segments, their separators and something to mask."""
@@ -18,19 +19,20 @@ SHORTEST = 8
 
 def masks_belong_to_objectives(config: Config) -> Iterator[ConfigIssue]:
     """A causal objective would show a bidirectional model its labels, and masked tokens need both sides."""
-    model, masked = config.model, config.training.train_impl == MASKED
-    encodes = model.attention_mask == BIDIRECTIONAL
-    if encodes != masked:
+    model, objective = config.model, config.training.train_impl
+    masked, encodes = objective == MASKED, model.attention_mask == BIDIRECTIONAL
+    if encodes != (objective in (MASKED, CLASSES)):
         yield ConfigIssue(
             "a bidirectional model sees the tokens that train_impl: normal asks it for"
             if encodes
-            else f"train_impl: {MASKED} asks for tokens from both sides of them",
+            else f"train_impl: {objective} asks for tokens from both sides of them",
             key="attention_mask",
             value=model.attention_mask,
             hint="leave it out: it follows from train_impl",
         )
-    if (model.lm_head == MASKED_HEAD) != masked:
-        what = "masked tokens are predicted by lm_head: masked" if masked else f"it is for train_impl: {MASKED}"
+    heads = {MASKED: MASKED_HEAD, CLASSES: CLASS_HEAD}
+    if model.lm_head != heads.get(objective, LINEAR_HEAD):
+        what = f"train_impl: {objective} has the head {heads.get(objective, LINEAR_HEAD)}"
         yield ConfigIssue(what, key="lm_head", value=model.lm_head, hint="leave it out: it follows from train_impl")
     if model.bert_binary_head and not masked:
         what = f"the order of segments is learned with train_impl: {MASKED}"

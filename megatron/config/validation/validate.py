@@ -31,6 +31,7 @@ from megatron.config.validation import (
     pipe_schedule,
     positions,
     schedule,
+    task,
     training,
     transformer_engine,
 )
@@ -131,6 +132,9 @@ RULES: tuple[Rule, ...] = (
     encoder.encoders_do_not_generate,
     encoder.encoders_have_their_parts,
     encoder.masked_samples_can_be_made,
+    task.tasks_have_files,
+    task.task_fields_are_known,
+    task.classifiers_have_their_parts,
     encoder_decoder.stacks_belong_to_spans,
     encoder_decoder.encoder_decoders_have_their_parts,
     encoder_decoder.encoder_decoders_generate_or_train,

@@ -70,6 +70,8 @@ class BatchLoader:
         self._prompt = prompt
         self._vocab_size = vocab_size
         self._again = again
+        self.full_pass: int | None = None
+        """Micro batches of a rank that an evaluation takes; None for as many as eval_iters asks for."""
 
     def __len__(self) -> int:
         """The number of samples that can be served to all ranks together."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -131,10 +132,14 @@ class DataPlan:
     """Time to open the data and prepare the index maps [s]."""
     warnings: tuple[str, ...] = ()
     """Lines for the user."""
+    notes: tuple[str, ...] = ()
+    """What a run reads in place of splits of token files."""
+    order: Mapping[str, Any] | None = None
+    """What decides which sample is number k, where that is not read from token files."""
 
     def splits(self) -> Iterator[SplitPlan]:
         """The splits there are."""
         return (split for split in (self.train, self.valid, self.test) if split is not None)
 
     def __str__(self) -> str:
-        return "\n".join([*map(str, self.splits()), *(f"warning: {warning}" for warning in self.warnings)])
+        return "\n".join([*map(str, self.splits()), *self.notes, *(f"warning: {warning}" for warning in self.warnings)])

@@ -28,6 +28,10 @@ from megatron.training.step_schedule import StepSize
 class BatchSource(Protocol):
     """Serves micro batches from any sample on."""
 
+    @property
+    def full_pass(self) -> int | None:
+        """Micro batches of an evaluation that reads all of it; None for as many as eval_iters asks for."""
+
     def batches(self, consumed_samples: int = 0) -> Iterator[MicroBatch]: ...
 
 

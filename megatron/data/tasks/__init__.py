@@ -1,0 +1,1 @@
+"""Classification and multiple-choice tasks: files to rows, rows to samples."""

@@ -1,0 +1,120 @@
+"""Classifiers over Megatron's BERT of transformers become ours and go back: bits, labels, logits and three steps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import MegatronBertConfig, MegatronBertForMultipleChoice, MegatronBertForSequenceClassification
+
+from megatron.checkpoint.huggingface.export_model import export
+from megatron.checkpoint.huggingface.import_model import adopt
+from megatron.checkpoint.huggingface.model_folder import Folder
+from megatron.checkpoint.load.loader import find_checkpoint
+from megatron.checkpoint.load.stored_model import open_model
+from megatron.config import Resources, resolve
+from megatron.data.dataset.batch import MicroBatch
+from megatron.distributed.init import init_distributed
+from megatron.engine.builder import build_training_engine
+from megatron.errors import ConfigError
+from megatron.param_table import ModelDims, tensors
+from tests.model.sections import disturb
+from tests.multi_rank import run_cases
+
+VOCABULARY, LENGTH, LR, ROWS = 96, 16, 1e-3, 6
+KINDS = {"classes": MegatronBertForSequenceClassification, "answers": MegatronBertForMultipleChoice}
+ANSWERS = {"classes": 1, "answers": 3}
+LABELS = {"classes": [0, 2, 1, 1, 0, 2], "answers": [2, 0]}
+NAMES = ["no", "maybe", "yes"]
+
+
+def make(kind: str) -> Any:
+    torch.manual_seed(4)
+    config = MegatronBertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=176,
+        max_position_embeddings=32,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        initializer_range=0.1,
+        **({"id2label": dict(enumerate(NAMES))} if kind == "classes" else {}),
+    )
+    model = KINDS[kind](config).eval()
+    disturb(model)
+    return model
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(1, VOCABULARY, (ROWS, LENGTH), generator=torch.Generator().manual_seed(6))
+
+
+def losses(rank: int, world_size: int, load: Path, settings: dict[str, Any], kind: str) -> list[float]:
+    """The losses of three steps of Adam, with tensor parallelism on two ranks."""
+    choices = ANSWERS[kind]
+    keys = {**settings, "load": str(load), "seq_length": LENGTH, "train_iters": 3, "finetune": True}
+    keys |= {"train_batch_size": ROWS // choices, "optimizer": {"type": "Adam", "params": {"lr": LR}}}
+    keys |= {"weight_decay": 0.0, "gradient_clipping": 0.0, "distributed_backend": "gloo"}
+    keys |= {"model_parallel_size": world_size, "vocab_size": VOCABULARY, "make_vocab_size_divisible_by": 1}
+    keys |= {"task_train_data": ["x.jsonl"], "task_choices": choices if choices > 1 else None}
+    config = resolve(
+        [], {name: value for name, value in keys.items() if value is not None}, Resources(world_size)
+    ).config
+    topology = init_distributed(pipe_parallel_size=0, model_parallel_size=world_size, seed=1, backend="gloo")
+    checkpoint = find_checkpoint(config, tensors(ModelDims.of(config.model), VOCABULARY))
+    engine = build_training_engine(config, topology, padded_vocab_size=VOCABULARY, checkpoint=checkpoint)
+    labels, counted = torch.zeros(ROWS, LENGTH, dtype=torch.long), torch.zeros(ROWS, LENGTH)
+    labels[::choices, 0], counted[::choices, 0] = torch.tensor(LABELS[kind]), 1.0
+    starts, types = torch.zeros(2, ROWS, LENGTH, dtype=torch.int64)
+    batch = MicroBatch(tokens(), labels, counted, document_starts=starts, token_types=types)
+    return [float(engine.train_step(iter([batch]), LR).loss) for _ in range(3)]
+
+
+def expected(theirs: Any, kind: str) -> list[float]:
+    optimizer = torch.optim.AdamW(theirs.parameters(), lr=LR, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    shape = (ROWS, LENGTH) if kind == "classes" else (-1, ANSWERS[kind], LENGTH)
+    found = []
+    for _ in range(3):
+        loss = theirs(tokens().view(shape), labels=torch.tensor(LABELS[kind])).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        found.append(float(loss.detach()))
+    return found
+
+
+def test_there_and_back_changes_no_bit_and_training_is_theirs(tmp_path: Path) -> None:
+    cases, targets = {}, {}
+    for kind, made in KINDS.items():
+        theirs, folder = make(kind), tmp_path / kind
+        theirs.save_pretrained(folder / "theirs")
+        settings = adopt(Folder.open(folder / "theirs"), folder / "ours").settings
+        assert settings["train_impl"] == "classification"
+        export(open_model(folder / "ours"), folder / "back")
+        back = made.from_pretrained(folder / "back")
+        config = json.loads((folder / "back/config.json").read_text())
+        assert config["architectures"] == [made.__name__]
+        if kind == "classes":
+            assert list(back.config.id2label.values()) == NAMES == settings["task_labels"]
+        before, after = theirs.state_dict(), back.state_dict()
+        assert before.keys() == after.keys()
+        assert [key for key, value in before.items() if not torch.equal(value, after[key])] == []
+        targets[kind] = expected(theirs, kind)
+        cases[kind] = (losses, folder / "ours", settings, kind)
+    for world_size in (1, 2):
+        for kind, ranks in run_cases(cases, world_size).items():
+            for found in ranks:
+                assert found == pytest.approx(targets[kind], rel=1e-5), (kind, world_size)
+
+
+def test_several_labels_at_once_are_refused(tmp_path: Path) -> None:
+    theirs = make("classes")
+    theirs.config.problem_type = "multi_label_classification"
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="problem_type"):
+        adopt(Folder.open(tmp_path), tmp_path / "ours")
