@@ -15,6 +15,8 @@ from megatron.kernels.activations import Activation, activation_of
 from megatron.kernels.attention import AttentionKernel
 from megatron.kernels.cross_entropy import SoftmaxPass, softmax_pass
 from megatron.kernels.dropout_add import DropoutAdd, dropout_add
+from megatron.kernels.flash_linear_attention import choose_gated_delta
+from megatron.kernels.gated_delta import DeltaRule, gated_delta
 from megatron.kernels.grouped_matmul import GroupedKernel, choose_grouped, plain_grouped
 from megatron.kernels.linear import LinearKernel, choose_linear, plain_linear
 from megatron.kernels.mamba import MambaKernels, choose_mamba
@@ -61,6 +63,8 @@ class Kernels:
         default_factory=lambda: choose_mamba(torch.device("cpu"), convolution=False, scan=False)
     )
     """Convolution and scan of Mamba blocks."""
+    gated_delta: DeltaRule = gated_delta
+    """Gated delta rule."""
     recompute: Callable[..., Tensor] | None = None
     """recompute(core, *inputs) repeats an attention core in the backward pass; None if it is saved."""
 
@@ -140,6 +144,7 @@ def choose_kernels(
             convolution=fused or getattr(section, "mamba_causal_conv_fusion", False),
             scan=fused or getattr(section, "mamba_selective_scan_fusion", False),
         ),
+        gated_delta=choose_gated_delta(device, fused=getattr(section, "gated_delta_fusion", False)),
         **load_choices(facts_of(device, dtype, section, activation), section),
     )
 

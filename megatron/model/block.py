@@ -69,7 +69,9 @@ class TransformerBlock(Block):
         self.parallel = dims.gpt_j_residual
         self.input_layernorm = spec.norm() if dims.norms_before else None
         self.attention: Any = spec.attention[number](number, spec, source.of("attention"))
-        self.zero3_gather_together = dims.latent is not None  # its cache reads the weight of a projection
+        self.zero3_gather_together = dims.latent is not None or getattr(  # a cache reads the weight of a projection
+            self.attention, "zero3_gather_together", False
+        )
         self.attention_output_layernorm = spec.norm() if dims.norms_after else None
         if not dims.shared_norm:
             self.post_attention_layernorm = spec.norm() if dims.norms_before else None

@@ -2,7 +2,7 @@
 
 from megatron.param_table.adapters import DOWN, NAMED_KINDS, PROMPT, UP, is_adapter_tensor, trainable_tensors
 from megatron.param_table.dims import LatentDims, MixtureDims, ModelDims
-from megatron.param_table.mixer_dims import MixerDims
+from megatron.param_table.mixer_dims import DeltaDims, MixerDims
 from megatron.param_table.mixers import recurrent_state_shapes
 from megatron.param_table.parts import FIRST_BLOCK, key_in_table
 from megatron.param_table.table import tensors
@@ -23,6 +23,7 @@ __all__ = [
     "NAMED_KINDS",
     "PROMPT",
     "UP",
+    "DeltaDims",
     "LatentDims",
     "MixerDims",
     "MixtureDims",

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 from megatron.param_table.adapters import with_lora
 from megatron.param_table.dims import LatentDims, ModelDims
-from megatron.param_table.mixers import gmlp_block, mamba2_block, mamba_block, rwkv_block
+from megatron.param_table.mixers import gated_delta_net, gmlp_block, mamba2_block, mamba_block, rwkv_block
 from megatron.param_table.parts import FIRST_BLOCK, SHARED, column, norm, positions, replicated, row
 from megatron.param_table.tensor import TensorShape
-from megatron.registry import LEARNABLE, POSITIONS
+from megatron.registry import GATED_DELTA_NET, LEARNABLE, POSITIONS
 
 
 def block_tensors(dims: ModelDims, block: int) -> list[TensorShape]:
@@ -27,15 +27,10 @@ def further_token(dims: ModelDims, layer: int) -> list[TensorShape]:
 
 
 def attention_block(dims: ModelDims, block: int) -> list[TensorShape]:
-    """Returns the tensors of attention and MLP. Attention kinds differ in their masks, not in their tensors."""
+    """Returns the tensors of attention, or of what is in its place, and MLP."""
     layer = block + 2
     table = norm(dims, layer, "input_layernorm") if dims.norms_before else []
-    table += projections(dims, layer) if dims.latent is None else latent_projections(dims, dims.latent, layer)
-    if dims.softmax_type == LEARNABLE:
-        table.append(TensorShape(layer, "attention.sinks", (dims.num_attention_heads,), 0, "bias"))
-    if layer == FIRST_BLOCK:
-        table += positions(dims, layer, SHARED, POSITIONS.entry(dims.pos_emb).scores)
-    table += row(layer, "attention.dense", dims.hidden_size, dims.value_size, dims.attention_bias)
+    table += gated_delta_net(dims, layer) if dims.kind(block) == GATED_DELTA_NET else attention(dims, layer)
     if dims.norms_after:
         table += norm(dims, layer, "attention_output_layernorm")
     if dims.crosses(block):
@@ -49,6 +44,16 @@ def attention_block(dims: ModelDims, block: int) -> list[TensorShape]:
     if dims.has_experts(block):
         return table + experts(dims, layer) + shared_experts(dims, layer)
     return table + mlp(dims, layer, "mlp", dims.mlp_width, dims.mlp_bias)
+
+
+def attention(dims: ModelDims, layer: int) -> list[TensorShape]:
+    """Returns the tensors of attention. Its kinds differ in their masks, not in their tensors."""
+    table = projections(dims, layer) if dims.latent is None else latent_projections(dims, dims.latent, layer)
+    if dims.softmax_type == LEARNABLE:
+        table.append(TensorShape(layer, "attention.sinks", (dims.num_attention_heads,), 0, "bias"))
+    if layer == FIRST_BLOCK:
+        table += positions(dims, layer, SHARED, POSITIONS.entry(dims.pos_emb).scores)
+    return table + row(layer, "attention.dense", dims.hidden_size, dims.value_size, dims.attention_bias)
 
 
 def projections(dims: ModelDims, layer: int) -> list[TensorShape]:

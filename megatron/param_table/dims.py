@@ -12,7 +12,7 @@ from typing import Any
 from megatron.adapter_config import EMBEDDING, HEAD, LowRank, low_rank, prompt_length
 from megatron.expert_blocks import has_experts
 from megatron.param_table.mixer_dims import MixerDims
-from megatron.registry import ACTIVATIONS, MASKED_HEAD, POSITIONS, VANILLA, WITHOUT_ATTENTION
+from megatron.registry import ACTIVATIONS, MASKED_HEAD, POSITIONS, VANILLA, WITHOUT_MLP
 
 
 @dataclass(frozen=True)
@@ -251,7 +251,7 @@ class ModelDims:
 
     def has_experts(self, block: int) -> bool:
         """Returns whether a block has experts in place of one MLP."""
-        return self.kind(block) not in WITHOUT_ATTENTION and self.mixture.has_experts(block)
+        return self.kind(block) not in WITHOUT_MLP and self.mixture.has_experts(block)
 
     def encodes(self, block: int) -> bool:
         """Returns whether a block is one of an encoder-decoder's encoder."""

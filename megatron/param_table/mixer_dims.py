@@ -51,6 +51,51 @@ class Mamba2Dims:
 
 
 @dataclass(frozen=True)
+class DeltaDims:
+    """Sizes of gated delta nets."""
+
+    key_heads: int = 16
+    """Heads of queries and keys."""
+    value_heads: int = 32
+    """Heads of values; those of one key head are beside each other."""
+    key: int = 128
+    """Width of a query and of a key."""
+    value: int = 128
+    """Width of a value."""
+    convolution: int = 4
+    """Width of the convolution."""
+    epsilon: float = 1e-6
+    """Added to the mean square by the norm of the output."""
+
+    @classmethod
+    def of(cls, model: Any, mixers: Any) -> DeltaDims:
+        """Reads objects with the keys of the configuration's model and mixers sections."""
+        return cls(
+            key_heads=mixers.linear_num_key_heads,
+            value_heads=mixers.linear_num_value_heads,
+            key=mixers.linear_key_head_dim,
+            value=mixers.linear_value_head_dim,
+            convolution=mixers.linear_conv_kernel_dim,
+            epsilon=model.rms_norm_epsilon,
+        )
+
+    @property
+    def value_size(self) -> int:
+        """Features of all value heads."""
+        return self.value_heads * self.value
+
+    @property
+    def mixed(self) -> tuple[int, int, int]:
+        """Channels of the convolution: queries, keys, values."""
+        return self.key_heads * self.key, self.key_heads * self.key, self.value_size
+
+    @property
+    def projected(self) -> tuple[int, ...]:
+        """Outputs of the projection of the input: those channels, the gate, strengths, decays."""
+        return *self.mixed, self.value_size, self.value_heads, self.value_heads
+
+
+@dataclass(frozen=True)
 class MixerDims:
     """Widths of Mamba, Mamba-2, RWKV and gMLP blocks; 0 in a model without such blocks."""
 
@@ -68,6 +113,8 @@ class MixerDims:
     """Whether the projections of Mamba and Mamba-2 have biases."""
     mamba2: Mamba2Dims = field(default_factory=Mamba2Dims)
     """Sizes of Mamba-2."""
+    delta: DeltaDims = field(default_factory=DeltaDims)
+    """Sizes of gated delta nets."""
     rwkv_attention: int = 0
     """Width of RWKV's time mixing."""
     rwkv_head: int = 0
@@ -92,6 +139,7 @@ class MixerDims:
             mamba_conv_bias=mixers.mamba_use_bias_in_conv,
             mamba_linear_bias=mixers.mamba_use_bias_in_linears,
             mamba2=Mamba2Dims.of(model, mixers),
+            delta=DeltaDims.of(model, mixers),
             rwkv_attention=attention,
             rwkv_head=mixers.head_size or attention // model.num_attention_heads,
             rwkv_ffn=mixers.ffn_dim or rwkv_ffn_width(hidden, model.intermediate_size, model.expansion_factor),

@@ -1,4 +1,4 @@
-"""Tensors of Mamba, Mamba-2, RWKV, gMLP and aMLP blocks, and shapes of their recurrent state.
+"""Tensors of Mamba, Mamba-2, RWKV, gMLP and aMLP blocks and of gated delta nets, and shapes of their recurrent state.
 
 Names and shapes are those of the public layout (gMLP's small attention aside, which there reads another tensor).
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from megatron.param_table.dims import ModelDims
 from megatron.param_table.parts import column, norm, row
 from megatron.param_table.tensor import TensorShape
+from megatron.registry import GATED_DELTA_NET
 
 RWKV_MIX_RANK = 32
 """Rank of the corrections of RWKV's five interpolations."""
@@ -46,6 +47,17 @@ def mamba2_block(dims: ModelDims, block: int) -> list[TensorShape]:
         table.append(TensorShape(layer, "mixer.conv1d.bias", (channels,), 0, "bias", sizes.mixed))
     table.append(TensorShape(layer, "mixer.norm.weight", (sizes.inner,), 0, "norm"))
     return table + row(layer, "mixer.out_proj", hidden, sizes.inner, bias)
+
+
+def gated_delta_net(dims: ModelDims, layer: int) -> list[TensorShape]:
+    """Returns the tensors of a gated delta net, whose heads are sharded. layer: its index."""
+    sizes, hidden, name = dims.mixers.delta, dims.hidden_size, "attention"
+    table = [TensorShape(layer, f"{name}.{part}", (sizes.value_heads,), 0, "mixing") for part in ("A_log", "dt_bias")]
+    table += column(layer, f"{name}.in_proj", sum(sizes.projected), hidden, False, sizes.projected)
+    convolution = (sum(sizes.mixed), 1, sizes.convolution)
+    table.append(TensorShape(layer, f"{name}.conv1d.weight", convolution, 0, "mixing", sizes.mixed))
+    table.append(TensorShape(layer, f"{name}.norm.scale", (sizes.value,), None, "norm"))
+    return table + row(layer, f"{name}.dense", hidden, sizes.value_size, False)
 
 
 def rwkv_block(dims: ModelDims, block: int) -> list[TensorShape]:
@@ -132,6 +144,10 @@ def recurrent_state_shapes(
             "convolution": (mixers.mamba_convolution - 1, sum(sizes.mixed) // model_size),
             "state": (sizes.heads // model_size, sizes.head, sizes.state),
         }
+    if kind == GATED_DELTA_NET:
+        delta = mixers.delta
+        channels, heads = sum(delta.mixed) // model_size, delta.value_heads // model_size
+        return {"convolution": (delta.convolution - 1, channels), "state": (heads, delta.key, delta.value)}
     if kind == "rwkv":
         heads = mixers.rwkv_attention // mixers.rwkv_head // model_size
         state = (heads, mixers.rwkv_head, mixers.rwkv_head)

@@ -6,9 +6,9 @@ Attention adds the products of queries with keys and of probabilities with value
 the query heads and of the value heads each, counted over the full square as is customary, not over the causal half. A
 sliding window or a sparse layout counts the visible fraction of the causal half, and of the experts those of the token.
 A masked language model needs logits of the tokens that it predicts alone, and its pooler reads one token of a sample.
-Mamba and RWKV update and read a state, a gMLP multiplies with a matrix of positions, also counted in full. Source:
-Narayanan et al. 2021, arXiv:2104.04473, appendix; embedding look-ups, norms and activations are left out there too. A
-module that predicts further tokens has a block as the last one, and the output layer once more.
+Mamba, RWKV and gated delta nets update and read a state, a gMLP multiplies with a matrix of positions, also counted in
+full. Source: Narayanan et al. 2021, arXiv:2104.04473, appendix; embedding look-ups, norms and activations are left out
+there too. A module that predicts further tokens has a block as the last one, and the output layer once more.
 
 s sequence length.
 """
@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron.param_table import ModelDims, TensorShape
-from megatron.registry import WITHOUT_ATTENTION
+from megatron.registry import GATED_DELTA_NET, WITHOUT_ATTENTION
 
 
 def flops_per_iteration(
@@ -70,7 +70,10 @@ def _mixing(dims: ModelDims, block: int, seq_length: int) -> int:
     if kind == "mamba2":
         sizes = mixers.mamba2
         return 6 * sizes.inner * sizes.state + 2 * mixers.mamba_convolution * sum(sizes.mixed)
-    if kind == "rwkv":  # the same, for a state as wide as a head for each of its features
+    if kind == GATED_DELTA_NET:  # decay, read by the key, update and read of the state; the convolution
+        delta = mixers.delta
+        return 8 * delta.value_size * delta.key + 2 * delta.convolution * sum(delta.mixed)
+    if kind == "rwkv":  # as for mamba, for a state as wide as a head for each of its features
         return 6 * mixers.rwkv_attention * mixers.rwkv_head
     if kind in {"gmlp", "amlp"}:
         small = 4 * seq_length * mixers.gmlp_attention if kind == "amlp" else 0

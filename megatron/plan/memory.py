@@ -17,9 +17,10 @@ from dataclasses import asdict, dataclass, replace
 from megatron.output_blocks import rows_of_a_block
 from megatron.param_table import LatentDims, ModelDims
 from megatron.plan.activation_layout import ActivationLayout
+from megatron.plan.gated_delta import delta_bytes
 from megatron.plan.latents import core_bytes, latent_bytes
 from megatron.plan.mixers import mixer_activations
-from megatron.registry import ATTENTION, FULL_ATTENTION, NORMS, ONE_PLUS, POSITIONS, WITHOUT_ATTENTION
+from megatron.registry import ATTENTION, FULL_ATTENTION, GATED_DELTA_NET, NORMS, ONE_PLUS, POSITIONS, WITHOUT_MLP
 
 FP32 = 4
 
@@ -118,7 +119,7 @@ def _zero_gradients(count: int, share: int, layout: StateLayout) -> int:
 
 def block_activations(dims: ModelDims, layout: ActivationLayout, block: int = 0) -> int:
     """Returns the bytes that autograd saves for one block and one micro batch. block: its number."""
-    if dims.kind(block) in WITHOUT_ATTENTION:
+    if dims.kind(block) in WITHOUT_MLP:
         return _mixer(dims, layout, dims.kind(block))
     norms = 1 if dims.shared_norm else 2
     norms *= 2 if dims.norms_before and dims.norms_after else 1
@@ -139,6 +140,8 @@ def block_activations(dims: ModelDims, layout: ActivationLayout, block: int = 0)
 def _between(dims: ModelDims, block: int) -> int:
     """Returns how many outputs of norms are saved for the weight gradients of the next layers."""
     attention = dims.saves_input("query_key_value") or (dims.output_gate and dims.saves_input("output_gate"))
+    if dims.kind(block) == GATED_DELTA_NET:
+        attention = not dims.frozen
     mlp = dims.saves_input("dense_h_to_4h") and not (dims.frozen and dims.has_experts(block))
     return int(attention or mlp) if dims.shared_norm else int(attention) + int(mlp)
 
@@ -148,8 +151,11 @@ def _updates(dims: ModelDims, layout: ActivationLayout, block: int) -> int:
     adapter = dims.low_rank
     if adapter is None:
         return 0
-    widths = {"query_key_value": dims.hidden_size, "dense": dims.value_size // layout.model_parallel_size}
-    widths |= {"output_gate": dims.hidden_size} if dims.output_gate else {}
+    if dims.kind(block) == GATED_DELTA_NET:
+        widths = {"dense": dims.mixers.delta.value_size // layout.model_parallel_size}
+    else:
+        widths = {"query_key_value": dims.hidden_size, "dense": dims.value_size // layout.model_parallel_size}
+        widths |= {"output_gate": dims.hidden_size} if dims.output_gate else {}
     if not dims.has_experts(block):
         widths |= {"dense_h_to_4h": dims.hidden_size, "dense_4h_to_h": dims.mlp_width // layout.model_parallel_size}
     inputs = [width for name, width in widths.items() if name in adapter.targets]
@@ -233,6 +239,8 @@ def _head_norms(dims: ModelDims, layout: ActivationLayout) -> int:
 
 def _attention(dims: ModelDims, layout: ActivationLayout, block: int) -> int:
     """Returns the saved bytes of the attention core, its projection, and the norms of queries and keys."""
+    if dims.kind(block) == GATED_DELTA_NET:
+        return layout.tokens * delta_bytes(dims.mixers.delta, layout.model_parallel_size, layout.width)
     projected = 0 if dims.saves_input("dense") else dims.value_size // layout.model_parallel_size
     core = _core(dims, layout, block) if dims.latent is None else _latent_core(dims, dims.latent, layout, block)
     gate = 2 * dims.query_size // layout.model_parallel_size if dims.output_gate else 0  # its sigmoid, the product

@@ -28,6 +28,7 @@ from megatron.registry.model import (
     CAUSAL,
     CLASS_HEAD,
     FULL_ATTENTION,
+    GATED_DELTA_NET,
     INITS,
     LEARNABLE,
     LINEAR_BIAS,
@@ -43,6 +44,7 @@ from megatron.registry.model import (
     TE_LAYERS,
     VANILLA,
     WITHOUT_ATTENTION,
+    WITHOUT_MLP,
 )
 from megatron.registry.optimizers import (
     ADAM_STATE,
@@ -71,6 +73,7 @@ __all__ = [
     "EIGHT_BIT",
     "ENTRYWISE",
     "FULL_ATTENTION",
+    "GATED_DELTA_NET",
     "HANDLES_ZERO1",
     "INITS",
     "LEARNABLE",
@@ -95,6 +98,7 @@ __all__ = [
     "TOKENIZERS",
     "VANILLA",
     "WITHOUT_ATTENTION",
+    "WITHOUT_MLP",
     "ActivationEntry",
     "Entry",
     "NormEntry",

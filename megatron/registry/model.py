@@ -221,6 +221,11 @@ LINEAR_HEAD, MASKED_HEAD, CLASS_HEAD = "linear", "masked", "classification"
 STANDALONE_BLOCK = frozenset({"standalone block"})
 """Trait of a kind of attention_config that is a block of its own, without attention and MLP."""
 
+REPLACES_ATTENTION = frozenset({"replaces attention"})
+"""Trait of a kind of attention_config that has the norms and the MLP of any block, and no attention."""
+
+GATED_DELTA_NET = "gated_delta_net"
+
 DENSE = "megatron.model.attention.dense:ParallelSelfAttention"
 """Attention of every kind that is a mask."""
 
@@ -238,6 +243,12 @@ ATTENTION = Registry(
         Entry("sparse_variable", DENSE, "Windows of given sizes, global and random blocks, arXiv:1904.10509"),
         Entry("bigbird", DENSE, "A window of blocks, the first and random ones, arXiv:2007.14062"),
         Entry("bslongformer", DENSE, "A window of blocks and global ones, arXiv:2004.05150"),
+        Entry(
+            GATED_DELTA_NET,
+            "megatron.model.mixers.gated_delta_net:GatedDeltaNet",
+            "A corrected and decaying state in place of attention, arXiv:2412.06464",
+            traits=REPLACES_ATTENTION,
+        ),
         Entry(
             "mamba",
             "megatron.model.mixers.mamba:MambaTransformerBlock",
@@ -271,7 +282,9 @@ ATTENTION = Registry(
     ],
 )
 
-WITHOUT_ATTENTION = frozenset(entry.name for entry in ATTENTION.built_in if entry.traits & STANDALONE_BLOCK)
+WITHOUT_MLP = frozenset(entry.name for entry in ATTENTION.built_in if entry.traits & STANDALONE_BLOCK)
+"""The kinds of attention_config that are blocks of their own, without the norms and the MLP of the others."""
+WITHOUT_ATTENTION = WITHOUT_MLP | {entry.name for entry in ATTENTION.built_in if entry.traits & REPLACES_ATTENTION}
 """The kinds of attention_config without attention."""
 
 MLPS = Registry(

@@ -39,6 +39,13 @@ FEATURES: dict[str, tuple[str, ...]] = {
         "mamba_use_bias_in_conv",
         "mamba_use_bias_in_linears",
     ),
+    "attention_config:gated_delta_net": (
+        "linear_num_key_heads",
+        "linear_num_value_heads",
+        "linear_key_head_dim",
+        "linear_value_head_dim",
+        "linear_conv_kernel_dim",
+    ),
     "attention_config:rwkv": ("dim_att", "ffn_dim", "head_size"),
     "moe_num_experts": (
         "moe_aux_loss_coeff",

@@ -70,6 +70,7 @@ WHERE: dict[str, tuple[str, ...]] = {
     "boto3": ("megatron/checkpoint/remote/s3_client.py",),
     "botocore": ("megatron/checkpoint/remote/s3_client.py",),
     "causal_conv1d": ("megatron/kernels/mamba.py",),
+    "fla": ("megatron/kernels/flash_linear_attention.py",),
     "mamba_ssm": ("megatron/kernels/mamba.py",),
     "triton": ("megatron/kernels/triton/", "benchmarks/kernel_resources.py"),
     "ftfy": ("megatron/data/",),

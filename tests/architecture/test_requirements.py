@@ -16,6 +16,7 @@ from tests.architecture.source import PRODUCT, ROOT, imports
 
 # Where the name to install is not the name to import.
 INSTALLED_AS = {
+    "fla": "fla-core",
     "flash_attn": "flash-attn",
     "flash_attn_interface": "flash-attn",  # version 3, built from a folder of the same source
     "transformer_engine": "transformer-engine",
@@ -23,7 +24,7 @@ INSTALLED_AS = {
     "lm_eval": "lm-eval",
 }
 # Built against the CUDA of the machine that runs them; no version was tested where there is none.
-GPU_ONLY = {"apex", "flash-attn", "transformer-engine"}
+GPU_ONLY = {"apex", "fla-core", "flash-attn", "transformer-engine"}
 # Comes with one that is declared.
 COMES_WITH = {
     "botocore": "boto3",

@@ -8,6 +8,7 @@ from tests.config.small import errors, resolved
 
 TOPK = {"moe_num_experts": 4, "moe_top_k": 2, "moe_router_type": "topk"}
 MAMBA2: dict[str, Any] = {"attention_config": [[["mamba2"], "all"]]}
+DELTA = {"attention_config": [[["gated_delta_net", "global"], "all"]]}
 CASES: list[tuple[int, dict[str, Any], str]] = [
     (
         2,
@@ -177,6 +178,25 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
         "a gMLP gates by itself, and needs an activation that keeps the width; use gelu or the like",
     ),
     (1, {"attention_config": [[["amlp"], "all"]], "gmlp_attn_dim": 0}, "gmlp_attn_dim = 0: it must be at least 1"),
+    (
+        2,
+        {"attention_config": [[["gated_delta_net", "global"], "all"]], "context_parallel_size": 2, "seq_length": 4},
+        "the convolution of a gated delta net reads 3 positions before its own, more than a rank has of 4 tokens",
+    ),
+    (
+        1,
+        {**DELTA, "linear_num_value_heads": 24},
+        "linear_num_value_heads = 24: linear_num_key_heads = 16 does not divi",
+    ),
+    (1, {**DELTA, "linear_key_head_dim": 0}, "linear_key_head_dim = 0: it must be at least 1"),
+    (
+        2,
+        {**DELTA, "linear_num_key_heads": 1, "model_parallel_size": 2},
+        "linear_num_key_heads = 1: model_parallel_size = 2 does not divide it, and ranks have whole key heads",
+    ),
+    (1, {**DELTA, "compile": True}, "there are blocks of kind gated_delta_net: the chunks of its state are no part of"),
+    (1, {**DELTA, "te_mha": True}, "Transformer Engine's attention has no such state; leave te_mha out"),
+    (1, {**DELTA, "use_mup": True, "mup_base_widths": None}, "muP has no rules for blocks of kind gated_delta_net"),
     (1, {"expansion_factor": 1.0e300}, "expansion_factor = 1e+300: at most 10,000"),
     (1, {"moe_num_experts": 5000}, "moe_num_experts = 5000: at most 4,096"),
     (1, {"moe_jitter_eps": 1.5}, "moe_jitter_eps = 1.5: it must be between 0 and 1"),

@@ -13,6 +13,7 @@ from megatron.config.validation.unsupported import GAPS, IGNORED_HINTS, UNUSED_K
 from megatron.registry.attention import SOFTMAX_KEYS
 from tests.config.small import SMALL, errors, resolved
 
+DELTA = {"attention_config": ["gated_delta_net", "global"]}
 MAMBA = {"attention_config": ["mamba", "global"]}
 MAMBA2 = {"attention_config": ["mamba2", "global"], "mamba_num_groups": 1}
 EXPERTS = {"moe_num_experts": 2}
@@ -56,6 +57,12 @@ WHERE_IT_MATTERS: dict[str, tuple[Any, dict[str, Any] | None]] = {
     "rpe_num_buckets": (16, {"pos_emb": "rpe"}),
     "rpe_max_distance": (64, {"pos_emb": "rpe"}),
     "init_method_std": (0.1, {"init_method": "normal"}),
+    "linear_num_key_heads": (8, DELTA),
+    "linear_num_value_heads": (48, DELTA),
+    "linear_key_head_dim": (64, DELTA),
+    "linear_value_head_dim": (64, DELTA),
+    "linear_conv_kernel_dim": (2, DELTA),
+    "gated_delta_fusion": (True, DELTA),
     "mamba_use_bias_in_conv": (False, MAMBA),
     "mamba_use_bias_in_linears": (True, MAMBA),
     "mamba_selective_scan_fusion": (True, MAMBA),

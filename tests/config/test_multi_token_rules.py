@@ -35,6 +35,10 @@ KEYS: dict[str, Any] = {
         ({"pos_emb": "learned"}, "a module embeds tokens anew, without positions"),
         ({"lora": {"rank": 4}}, "a frozen model has no further tokens to learn from"),
         ({"fused_linear_cross_entropy": False}, "computed together with the output layer"),
+        (
+            {"attention_config": ["global", "gated_delta_net"]},
+            "a module has a block as the last one, which is a gated_delta_net",
+        ),
         ({"attention_config": ["global", "mamba"]}, "a module has a block as the last one, which is a mamba"),
         ({"compile": True}, "the blocks of modules are not compiled"),
     ],

@@ -43,6 +43,14 @@ MODELS: dict[str, dict[str, Any]] = {
         "mamba_num_groups": 2,
         **DOCUMENTS,
     },
+    "gated delta net, documents": {
+        "attention_config": [[["gated_delta_net", "global"], "all"]],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 12,
+        **DOCUMENTS,
+    },
     "rwkv": {"attention_config": [[["rwkv", "global"], "all"]], "num_kv_heads": 1},
     "rwkv, documents": {"attention_config": [[["rwkv", "global"], "all"]], **DOCUMENTS},
 }
@@ -62,6 +70,7 @@ CASES: dict[tuple[int, str, str], dict[str, Any]] = {
     (2, "experts", "ring 2"): RING,
     (2, "mamba", "Ulysses 2, ZeRO 3"): {"context_parallel_size": 2, "zero_optimization": {"stage": 3}},
     (2, "rwkv", "ring 2"): RING,
+    (2, "gated delta net, documents", "ring 2, recomputed"): {**RING, "checkpoint_activations": True},
     (2, "mamba, documents", "shards in order, recomputed"): {
         "context_parallel_size": 2,
         "checkpoint_activations": True,

@@ -22,7 +22,7 @@ from megatron.engine.builder import build_inference_engine
 from megatron.errors import ConfigError
 from megatron.inference.sampling import Sampler, Sampling
 from megatron.inference.token_loop import Limits, RunningSequence, decode
-from megatron.registry import MLPS, ROUTERS, WITHOUT_ATTENTION
+from megatron.registry import GATED_DELTA_NET, MLPS, ROUTERS, WITHOUT_ATTENTION
 from tests.contracts.shipped import CONFIGS
 from tests.end_to_end.runs import BASE, run, run_files, series
 from tests.layouts import pick
@@ -30,6 +30,12 @@ from tests.layouts import pick
 SHORT: dict[str, Any] = {"train_iters": 4, "eval_interval": 4, "eval_iters": 1, "num_kv_heads": 4, "num_layers": 2}
 MIXTURE = {"moe_num_experts": 4, "moe_top_k": 2, "use_bias_in_mlp": False}
 MAMBA2 = {"mamba_head_dim": 16, "mamba_num_groups": 2, "mamba_state_dim": 24, "mamba_dt_limit": [0.01, None]}
+DELTA = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+}
 MEMBERS: dict[str, dict[str, Any]] = {
     "dense": {},
     **{f"moe {router}": {**MIXTURE, "moe_router_type": router} for router in ROUTERS.names},
@@ -41,8 +47,16 @@ MEMBERS: dict[str, dict[str, Any]] = {
             "norm": "rmsnorm" if kind.startswith("mamba") else "layernorm",
             "reset_attention_mask": True,
             **(MAMBA2 if kind == "mamba2" else {}),
+            **(DELTA if kind == GATED_DELTA_NET else {}),
         }
         for kind in sorted(WITHOUT_ATTENTION)
+    },
+    "gated delta net, gated attention, experts": {
+        **MIXTURE,
+        **DELTA,
+        "attention_config": [[["gated_delta_net", "global"], "all"]],
+        "moe_router_type": "topk",
+        "attention_output_gate": True,
     },
     "moe, parallel residual": {**MIXTURE, "moe_router_type": "topk", "gpt_j_residual": True},
     "mamba and attention": {"attention_config": [[["mamba", "global"], "all"]], "norm": "layernorm"},

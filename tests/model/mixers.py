@@ -35,6 +35,11 @@ def sections(kind: str, blocks: int = 2, **changes: object) -> tuple[Any, Any]:
         "mamba_num_groups": 2,
         "mamba_dt_limit": (0.01, 0.2),
         "mamba_norm_before_gate": False,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 12,
+        "linear_conv_kernel_dim": 4,
     }
     return model, SimpleNamespace(**{**values, **changes})
 

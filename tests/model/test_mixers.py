@@ -317,7 +317,7 @@ def test_distances_start_again_with_attention(kind: str) -> None:
         together = model(ids)
         assert not torch.allclose(together[6, 0], found[6, 0])
         torch.testing.assert_close(together[:5, 0], found[:5, 0], rtol=1e-5, atol=1e-5)
-        if kind in {"mamba", "mamba2", "rwkv"}:
+        if kind in {"mamba", "mamba2", "rwkv", "gated_delta_net"}:
             torch.testing.assert_close(model(ids[:1, 5:20])[:, 0], found[5:20, 0], rtol=1e-5, atol=1e-5)
 
 

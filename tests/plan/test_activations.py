@@ -48,6 +48,13 @@ LATENTS = {
     "qk_pos_emb_head_dim": 16,
     "v_head_dim": 32,
 }
+DELTA = {
+    "attention_config": [[["gated_delta_net"], "all"]],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 48,
+}
 DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
 CASES: dict[str, dict[str, Any]] = {
     "gpt": {},
@@ -64,6 +71,8 @@ CASES: dict[str, dict[str, Any]] = {
     "shared experts": {**LLAMA, **EXPERTS, **SHARED},
     **{kind: {"attention_config": [[[kind], "all"]]} for kind in ("mamba", "rwkv", "gmlp", "amlp")},
     "mamba2": {"attention_config": [[["mamba2"], "all"]], "mamba_num_groups": 2, "mamba_state_dim": 48},
+    "gated delta net": {"norm": "rmsnorm", "activation": "swiglu", "pos_emb": "none", **DELTA},
+    "gated delta net, grouped values, experts": {**EXPERTS, **DELTA, "linear_num_value_heads": 4, "pos_emb": "none"},
     "updates": {"lora": {"rank": 8}},
     "updates of all, neox": {**NEOX, "lora": {"rank": 8, "targets": "all"}},
     "latents": LATENTS,

@@ -17,7 +17,7 @@ from megatron.config.config import FIELDS
 from megatron.errors import ConfigError, ConfigIssue
 from megatron.log import get_logger
 from megatron.param_table import NAMED_KINDS, TensorShape, is_adapter_tensor
-from megatron.registry import LEARNABLE, WITHOUT_ATTENTION
+from megatron.registry import GATED_DELTA_NET, LEARNABLE, WITHOUT_ATTENTION
 
 _log = get_logger(__name__)
 
@@ -31,6 +31,10 @@ def _always(values: Values) -> bool:
 
 def _attends(values: Values) -> bool:
     return not set(values["attention_config"] or ()) <= set(WITHOUT_ATTENTION)
+
+
+def _deltas(values: Values) -> bool:
+    return GATED_DELTA_NET in (values["attention_config"] or ())
 
 
 def _rotary(values: Values) -> bool:
@@ -83,6 +87,7 @@ _MODEL: dict[str, Concerned] = {
     "moe_router_group_experts": lambda values: _experts(values) and (values.get("moe_router_num_groups") or 1) > 1,
     "moe_router_topk_scaling_factor": _experts,
     **dict.fromkeys(("mamba_num_groups", "mamba_state_dim", "mamba_dt_limit", "mamba_norm_before_gate"), _mamba2),
+    **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim"), _deltas),
     "lora": _always,
 }
 """Keys that a trained model fixes: key -> whether it has an effect on a model of these values."""

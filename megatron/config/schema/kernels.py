@@ -33,4 +33,7 @@ class KernelsSection(Section):
     fused_kernels_build_path: str | None = key(None, "Folder for compiled kernels.")
     mamba_selective_scan_fusion: bool = key(False, "Use the fused selective scan of the mamba-ssm package.")
     mamba_causal_conv_fusion: bool = key(False, "Use the fused kernel of the causal-conv1d package.")
+    gated_delta_fusion: bool = key(
+        False, "Use the fused gated delta rule of the flash-linear-attention package on GPUs."
+    )
     mamba_inner_func_fusion: bool = key(False, "Use both fused kernels of a Mamba block.")

@@ -1,11 +1,11 @@
-"""Blocks that mix tokens by other means than attention: Mamba, Mamba-2, RWKV and gMLP."""
+"""Blocks that mix tokens by other means than attention: Mamba, Mamba-2, RWKV, gMLP and gated delta nets."""
 
 from megatron.config.field import Section, key
 from megatron.config.types import Items
 
 
 class MixersSection(Section):
-    """Mamba, Mamba-2, RWKV and gMLP."""
+    """Mamba, Mamba-2, RWKV, gMLP and gated delta nets."""
 
     mamba_selective_fp32_params: bool = key(
         True, "Keep Mamba's A and D in fp32; DeepSpeed casts every parameter, and its optimizers keep fp32 copies."
@@ -23,6 +23,15 @@ class MixersSection(Section):
     )
     mamba_norm_before_gate: bool = key(
         False, "Normalise what a mamba2 block gates, and gate the result; the product is normalised when false."
+    )
+    linear_num_key_heads: int = key(16, "Heads of queries and keys of a gated delta net.", unit="heads")
+    linear_num_value_heads: int = key(
+        32, "Heads of values of a gated delta net, a multiple of its key heads.", unit="heads"
+    )
+    linear_key_head_dim: int = key(128, "Width of a query and of a key of a gated delta net.", unit="features")
+    linear_value_head_dim: int = key(128, "Width of a value of a gated delta net.", unit="features")
+    linear_conv_kernel_dim: int = key(
+        4, "Positions that the convolution of a gated delta net reads, the own included.", unit="tokens"
     )
     gmlp_attn_dim: int = key(64, "Width of the small attention inside an amlp block.", unit="features")
     dim_att: int | None = key(None, "Width of RWKV's time mixing; hidden_size when left out.", unit="features")

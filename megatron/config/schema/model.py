@@ -15,6 +15,7 @@ from megatron.registry import (
     BIDIRECTIONAL,
     CAUSAL,
     CLASS_HEAD,
+    GATED_DELTA_NET,
     LEARNABLE,
     LINEAR_HEAD,
     MASKED_HEAD,
@@ -232,7 +233,7 @@ class ModelSection(Section):
     @property
     def in_order(self) -> bool:
         """Whether some block processes the sequence in order, so that shards of it follow each other."""
-        return bool({"mamba", "mamba2", "rwkv"} & set(map(str, self.attention_config or ())))
+        return bool({"mamba", "mamba2", "rwkv", GATED_DELTA_NET} & set(map(str, self.attention_config or ())))
 
     @property
     def block_options(self) -> tuple[LayerOptions, ...]:

@@ -15,7 +15,7 @@ from megatron.config.derived.fill import trains
 from megatron.config.validation.dependent_mixer_keys import OF_MIXERS, has_kind
 from megatron.config.validation.dependent_model_keys import OF_PARTS, DependentKeys
 from megatron.config.validation.task import OF_TASKS
-from megatron.registry import NORMS, OPTIMIZERS, POSITIONS, SCHEDULES, TOKENIZERS, WITHOUT_ATTENTION
+from megatron.registry import GATED_DELTA_NET, NORMS, OPTIMIZERS, POSITIONS, SCHEDULES, TOKENIZERS, WITHOUT_ATTENTION
 from megatron.registry.kernels import FUSED_ADAM
 
 
@@ -26,8 +26,8 @@ def _attends(config: Config) -> bool:
 
 
 def _has_epsilon(key: str, config: Config) -> bool:
-    gated = key == "rms_norm_epsilon" and "mamba2" in map(str, config.model.attention_config or ())
-    return gated or NORMS.entry(config.model.norm).epsilon == key
+    own = key == "rms_norm_epsilon" and {"mamba2", GATED_DELTA_NET} & set(map(str, config.model.attention_config or ()))
+    return bool(own) or NORMS.entry(config.model.norm).epsilon == key
 
 
 def _has_positions(key: str, config: Config) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megatron.config.config import Config
 from megatron.config.validation.dependent_model_keys import DependentKeys
+from megatron.registry import GATED_DELTA_NET
 
 
 def has_kind(config: Config, *kinds: str) -> bool:
@@ -30,6 +31,11 @@ OF_MIXERS: tuple[DependentKeys, ...] = (
         ("mamba2",),
         *("mamba_num_heads", "mamba_head_dim", "mamba_state_dim", "mamba_num_groups"),
         *("mamba_dt_limit", "mamba_norm_before_gate"),
+    ),
+    _of(
+        (GATED_DELTA_NET,),
+        *("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim"),
+        *("linear_conv_kernel_dim", "gated_delta_fusion"),
     ),
     _of(("amlp",), "gmlp_attn_dim"),
     _of(("rwkv",), "dim_att", "head_size", "ffn_dim"),

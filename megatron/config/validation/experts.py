@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from megatron.config.config import Config
 from megatron.config.schema.moe import MoeSection
 from megatron.errors import ConfigIssue
-from megatron.registry import BALANCES_ITSELF, ROUTERS, WITHOUT_ATTENTION
+from megatron.registry import BALANCES_ITSELF, ROUTERS, WITHOUT_MLP
 
 MOST_EXPERTS = 4096
 OF_TOPK = (
@@ -135,7 +135,7 @@ def blocks_with_experts_exist(config: Config) -> Iterator[ConfigIssue]:
             if getattr(moe, name) != usual:
                 message = "moe_layer_freq names the blocks with experts"
                 yield ConfigIssue(message, key=name, value=getattr(moe, name), hint="leave one of the two out")
-    attending = [number for number, kind in enumerate(kinds) if kind not in WITHOUT_ATTENTION]
+    attending = [number for number, kind in enumerate(kinds) if kind not in WITHOUT_MLP]
     if kinds and not any(map(moe.has_experts, attending)):
         given = "moe_layer_freq" if listed is not None else "moe_first_k_dense_replace" if first else "moe_num_experts"
         message = "no block that attends has experts"

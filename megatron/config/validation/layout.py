@@ -9,6 +9,7 @@ from megatron.config.config import Config
 from megatron.config.derived.attention import layer_classes
 from megatron.config.derived.pipe_layout import pipe_layout
 from megatron.errors import ConfigIssue
+from megatron.registry import GATED_DELTA_NET
 from megatron.registry.attention import SOFTMAX_KEYS
 from megatron.sequence_parts import ULYSSES
 
@@ -105,7 +106,7 @@ def heads_divide_ranks(config: Config) -> Iterator[ConfigIssue]:
     kv_heads = config.model.num_kv_heads
     assert heads is not None
     assert kv_heads is not None
-    if not _any_block(config, beside={"mamba", "mamba2", "gmlp", "amlp"}):
+    if not _any_block(config, beside={"mamba", "mamba2", "gmlp", "amlp", GATED_DELTA_NET}):
         return
     if ranks > 0 and heads % ranks:
         yield ConfigIssue(f"model_parallel_size = {ranks} does not divide it", key="num_attention_heads", value=heads)

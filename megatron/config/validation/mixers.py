@@ -1,4 +1,4 @@
-"""Rules for blocks without attention: Mamba, Mamba-2, RWKV, gMLP and aMLP."""
+"""Rules for blocks without attention: Mamba, Mamba-2, RWKV, gMLP, aMLP and gated delta nets."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from megatron.config.config import Config
 from megatron.errors import ConfigIssue
-from megatron.registry import ACTIVATIONS, POSITIONS, WITHOUT_ATTENTION
+from megatron.registry import ACTIVATIONS, GATED_DELTA_NET, POSITIONS, WITHOUT_ATTENTION
 
 CONVOLVED = 3
 """Positions before its own that the convolution of a Mamba or Mamba-2 block reads."""
@@ -39,6 +39,15 @@ def mixers_limit_layouts(config: Config) -> Iterator[ConfigIssue]:
             key="context_parallel_size",
             value=size,
             hint=f"use sequences of at least {CONVOLVED * size} tokens",
+        )
+    elif size > 1 and GATED_DELTA_NET in kinds and _shortest(config) // size < config.mixers.linear_conv_kernel_dim - 1:
+        reads = config.mixers.linear_conv_kernel_dim - 1
+        yield ConfigIssue(
+            f"the convolution of a gated delta net reads {reads} positions before its own, more than a rank has of "
+            f"{_shortest(config)} tokens",
+            key="context_parallel_size",
+            value=size,
+            hint=f"use sequences of at least {reads * size} tokens",
         )
     yield from _attention_has_a_block(config)
 
@@ -114,6 +123,35 @@ def mixer_widths_divide(config: Config) -> Iterator[ConfigIssue]:
         )
     if {"gmlp", "amlp"} & set(kinds):
         yield from _gating(config)
+    if GATED_DELTA_NET in kinds:
+        yield from _delta_heads(config)
+
+
+def _delta_heads(config: Config) -> Iterator[ConfigIssue]:
+    """Key heads divide value heads, and ranks have whole key heads; what is made for attention has no place here."""
+    mixers, ranks = config.mixers, max(1, config.parallelism.model_parallel_size)
+    widths = ("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim")
+    small = [name for name in (*widths, "linear_conv_kernel_dim") if getattr(mixers, name) < 1]
+    for name in small:
+        yield ConfigIssue("it must be at least 1", key=name, value=getattr(mixers, name))
+    keys, values = mixers.linear_num_key_heads, mixers.linear_num_value_heads
+    if not small and values % keys:
+        what = f"linear_num_key_heads = {keys} does not divide it"
+        yield ConfigIssue(what, key="linear_num_value_heads", value=values)
+    if not small and keys % ranks:
+        yield ConfigIssue(
+            f"model_parallel_size = {ranks} does not divide it, and ranks have whole key heads with their value heads",
+            key="linear_num_key_heads",
+            value=keys,
+        )
+    reasons = {
+        "te_mha": (config.transformer_engine.te_mha, "Transformer Engine's attention has no such state"),
+        "compile": (config.kernels.compile, "the chunks of its state are no part of a compiled graph"),
+    }
+    for key, (applies, why) in reasons.items():
+        if applies:
+            what = f"there are blocks of kind {GATED_DELTA_NET}: {why}"
+            yield ConfigIssue(what, key=key, value=True, hint=f"leave {key} out")
 
 
 def mamba2_sizes_fit(config: Config) -> Iterator[ConfigIssue]:
