@@ -69,7 +69,7 @@ from megatron.optim.onebit import OnebitAdam
 from megatron.optim.param_groups import balance_group_count, parameter_groups
 from megatron.param_table import PROMPT, ModelDims, TensorShape, learning_rates, recurrent_state_shapes, tensors
 from megatron.pipe_schedule.layout import SPLIT
-from megatron.registry import BIDIRECTIONAL, EIGHT_BIT, MASKED_HEAD, OPTIMIZERS
+from megatron.registry import BIDIRECTIONAL, EIGHT_BIT, MASKED_HEAD, OPTIMIZERS, WITHOUT_ATTENTION
 from megatron.tokenizer_info import TokenizerInfo
 
 DTYPES = {"fp32": torch.float32, "bfloat16": torch.bfloat16, "fp16": torch.float16}
@@ -335,26 +335,25 @@ def _cache_factory(config: Config, topology: Topology, layers: Sequence[int]) ->
     """Returns a function that creates caches for the blocks among the given layers (block i is layer i + 2)."""
     dims, size = ModelDims.of(config.model, config.moe, config.mixers), topology.model.size
     blocks = [layer - 2 for layer in layers if 2 <= layer < 2 + dims.num_layers]
+    attending = [block for block in blocks if dims.kind(block) not in WITHOUT_ATTENTION]
 
     dtype = DTYPES[require(config.precision.precision)]
 
     def make(batch: int, max_length: int) -> KVCache:
         max_length += dims.prompt
-        states = {
-            block: state
-            for block in blocks
-            if (state := recurrent_state_shapes(dims, block, model_size=size, max_length=max_length))
+        shapes = {
+            block: recurrent_state_shapes(dims, block, model_size=size, max_length=max_length) for block in blocks
         }
         return KVCache(
-            0 if len(states) == len(blocks) else blocks[-1] - blocks[0] + 1,
+            len(attending),
             batch,
             1 if dims.latent else max(1, dims.num_kv_heads // size),
             max_length,
             dims.latent.cached if dims.latent else dims.head_dim,
             dtype=dtype if dims.latent else cache_dtype(dtype, device(), dims.head_dim),
             device=device(),
-            first_layer=blocks[0] if blocks else 0,
-            states=states,
+            attending=attending,
+            states={block: shape for block, shape in shapes.items() if shape},
             prompt=dims.prompt,
             latents=dims.latent is not None,
         )

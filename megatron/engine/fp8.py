@@ -9,7 +9,7 @@ from torch.nn import Module
 
 from megatron.errors import ConfigError
 from megatron.kernels.fp8 import fp8_linear
-from megatron.model.block import TransformerBlock
+from megatron.model.block import Block
 from megatron.registry.fp8 import FP8_RECIPES
 
 
@@ -39,6 +39,6 @@ def use_fp8(block: dict[str, Any] | None, model: Module, device: torch.device) -
             )
     kernel = fp8_linear(recipe)
     for each in model.modules():
-        if isinstance(each, TransformerBlock):
+        if isinstance(each, Block):
             for layer in each.linear_layers():
                 layer.kernel = kernel

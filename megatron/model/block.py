@@ -33,9 +33,11 @@ class Block(nn.Module):
     """Base class of the layers between the embedding and the final norm: [s, b, h] -> [s, b, h].
 
     zero3_gather_together: true if submodules read each other's parameters, so that ZeRO 3 must gather them together.
+    attends: true if it has attention.
     """
 
     zero3_gather_together = False
+    attends = False
 
     def __init__(self, spec: BlockSpec, axis: Axis) -> None:
         """Sets up dropout. axis: tensor-parallel ranks, over which the sequence may be sharded."""
@@ -52,6 +54,10 @@ class Block(nn.Module):
         with self.draws():
             return self.dropout_add(x, hidden, self.dropout)
 
+    def linear_layers(self) -> list[ColumnParallelLinear | RowParallelLinear]:
+        """Returns the linear layers of attention and of a dense MLP."""
+        return []
+
 
 class TransformerBlock(Block):
     """Attention and MLP. Block ``number`` (from 0) is layer number + 2 of the model.
@@ -59,6 +65,7 @@ class TransformerBlock(Block):
     fused_norm_mlp: computes norm and MLP in one layer, if set. autocast: context of the forward pass in training.
     """
 
+    attends = True
     fused_norm_mlp: Callable[[Tensor], Tensor] | None = None
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
 

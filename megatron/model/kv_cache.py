@@ -62,6 +62,7 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         first_layer: int = 0,
+        attending: Sequence[int] | None = None,
         states: Mapping[int, Mapping[str, tuple[int, ...]]] | None = None,
         prompt: int = 0,
         latents: bool = False,
@@ -77,6 +78,7 @@ class KVCache:
             dtype: type of the memory, which may be a higher precision than the model's; see ``cache_dtype``.
             device: device of the memory.
             first_layer: number of the first block in this process.
+            attending: numbers of the blocks with attention, of which there are num_layers; None for blocks in a row.
             states: block -> name -> shape of the state of a row, for blocks without attention.
             prompt: positions of a soft prompt before the tokens of every row; lengths and max_length count them.
             latents: true for latents in place of keys and values; kv_heads is 1 and head_dim r + p then.
@@ -85,6 +87,7 @@ class KVCache:
         self.memory = torch.zeros(shape, dtype=dtype, device=device)
         self.decode_kernel = None if latents else choose_decode_attention(self.memory.device, dtype, head_dim)
         self.first_layer = first_layer
+        self._indices = None if attending is None else {block: index for index, block in enumerate(attending)}
         self.prompt = prompt
         self.lengths = [0] * batch  # length of each row [tokens]
         self._slots: tuple[int, CacheSlots] | None = None
@@ -110,11 +113,16 @@ class KVCache:
         """Positions of the longest row [tokens]."""
         return max(self.lengths)
 
+    def _index(self, block: int) -> int:
+        """Returns the index of a block in the memory."""
+        return block - self.first_layer if self._indices is None else self._indices[block]
+
     def rows(self, first: int, count: int) -> KVCache:
         """Returns a cache of these rows: it shares the memory and starts with their lengths."""
         part = object.__new__(type(self))
         part.memory = self.memory[:, :, first : first + count]
         part.first_layer = self.first_layer
+        part._indices = self._indices
         part.prompt = self.prompt
         part.decode_kernel = self.decode_kernel
         part.lengths = self.lengths[first : first + count]
@@ -166,7 +174,7 @@ class KVCache:
         The lengths change at ``advance`` only, so that every block uses the same slots.
         """
         slots = self.slots(keys.shape[2])
-        stored = self.memory[block - self.first_layer]  # [2, b, m/t, max, d]
+        stored = self.memory[self._index(block)]  # [2, b, m/t, max, d]
         if slots.positions is None:
             stored[0, :, :, slots.end - keys.shape[2] : slots.end] = keys
             stored[1, :, :, slots.end - keys.shape[2] : slots.end] = values
@@ -181,7 +189,7 @@ class KVCache:
         positions so far, [b, end, r + p].
         """
         slots, length = self.slots(latents.shape[1]), latents.shape[1]
-        stored = self.memory[block - self.first_layer, 0, :, 0]  # [b, max, r + p]
+        stored = self.memory[self._index(block), 0, :, 0]  # [b, max, r + p]
         if slots.positions is None:
             stored[:, slots.end - length : slots.end] = latents
         else:
@@ -203,7 +211,7 @@ class KVCache:
         """
         ends = self.slots(1).ends
         assert self.decode_kernel is not None and ends is not None, "the caller asks for one_query first"
-        keys, values = self.memory[block - self.first_layer]  # [b, m/t, max, d]
+        keys, values = self.memory[self._index(block)]  # [b, m/t, max, d]
         return self.decode_kernel(q, k, v, keys, values, ends, table)
 
     def advance(self, positions: int) -> None:

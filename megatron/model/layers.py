@@ -2,7 +2,7 @@
 
 - 0 embedding
 - 1 identity
-- 2 .. L+1 blocks: attention and MLP or MoE, Mamba, Mamba-2, RWKV, gMLP
+- 2 .. L+1 blocks: attention and MLP or MoE, one of these alone, Mamba, Mamba-2, RWKV, gMLP
 - L+2 identity
 - L+3 final norm
 - L+4 output layer, tied or with a matrix of its own; with further layers before it in a masked language model
@@ -63,7 +63,10 @@ from megatron.model.positions.base import AttentionPositions
 from megatron.param_table import FIRST_BLOCK, ModelDims
 from megatron.registry import (
     ACTIVATIONS,
+    ATTENDS,
     ATTENTION,
+    ATTENTION_ALONE,
+    FEEDS,
     INITS,
     MLPS,
     NORMS,
@@ -251,7 +254,7 @@ def _attention(dims: ModelDims, kind: str, block: int) -> Callable[..., nn.Modul
         return EncoderAttention
     if dims.latent is not None and kind not in WITHOUT_ATTENTION:
         return LatentSelfAttention
-    attention: Callable[..., nn.Module] = ATTENTION.load(kind)
+    attention: Callable[..., nn.Module] = ATTENTION.load("global" if kind == ATTENTION_ALONE else kind)
     return attention
 
 
@@ -265,7 +268,7 @@ def _block(kind: str, dims: ModelDims, number: int) -> type[Block]:
     """
     if dims.encoder_layers:
         return EncoderTransformerBlock if dims.encodes(number) else DecoderTransformerBlock
-    if ATTENTION.entry(kind).traits & STANDALONE_BLOCK:
+    if ATTENTION.entry(kind).traits & (STANDALONE_BLOCK | ATTENDS | FEEDS):
         block: type[Block] = ATTENTION.load(kind)
         return block
     return TransformerBlock

@@ -25,7 +25,7 @@ from megatron.distributed.mesh import Topology
 from megatron.distributed.process_group import device
 from megatron.distributed.tensor_parallel.linear_cross_entropy import TokenTargets, WeightLink
 from megatron.errors import RunError
-from megatron.model.block import Block, TransformerBlock
+from megatron.model.block import Block
 from megatron.model.embedding import EmbeddingLayer
 from megatron.model.kv_cache import KVCache
 from megatron.model.layers import LayerSpec
@@ -81,7 +81,7 @@ class PipelinedModel(PipelineModule):
         tied = any(layer.tied_to is not None for layer in layer_specs)
         self._embedding = layer_specs[0] if behind and not tied and topology.pipe.size > 1 else None
         self._relative = _learned_relative(layer_specs)
-        self._attending = [layer.index for layer in layer_specs if issubclass(layer.layer, TransformerBlock)]
+        self._attending = [layer.index for layer in layer_specs if getattr(layer.layer, "attends", False)]
         with redirect_stdout(io.StringIO()):  # the partition is reported by us, not printed
             super().__init__(
                 layers=_specs(layer_specs),

@@ -9,7 +9,7 @@ from megatron.param_table.dims import LatentDims, ModelDims
 from megatron.param_table.mixers import gated_delta_net, gmlp_block, mamba2_block, mamba_block, rwkv_block
 from megatron.param_table.parts import FIRST_BLOCK, SHARED, column, norm, positions, replicated, row
 from megatron.param_table.tensor import TensorShape
-from megatron.registry import GATED_DELTA_NET, LEARNABLE, POSITIONS
+from megatron.registry import ATTENTION_ALONE, GATED_DELTA_NET, LEARNABLE, MLP_ALONE, POSITIONS
 
 
 def block_tensors(dims: ModelDims, block: int) -> list[TensorShape]:
@@ -41,9 +41,25 @@ def attention_block(dims: ModelDims, block: int) -> list[TensorShape]:
         table += norm(dims, layer, "mlp_output_layernorm")
     if block == dims.encoder_layers - 1:
         table += norm(dims, layer, "encoder_layernorm")
+    return table + mlp_or_experts(dims, block)
+
+
+def attention_alone(dims: ModelDims, block: int) -> list[TensorShape]:
+    """Returns the tensors of a norm and attention."""
+    return norm(dims, block + 2, "input_layernorm") + attention(dims, block + 2)
+
+
+def mlp_alone(dims: ModelDims, block: int) -> list[TensorShape]:
+    """Returns the tensors of a norm and an MLP or experts."""
+    return norm(dims, block + 2, "input_layernorm") + mlp_or_experts(dims, block)
+
+
+def mlp_or_experts(dims: ModelDims, block: int) -> list[TensorShape]:
+    """Returns the tensors of the MLP of a block, or of its experts."""
+    layer = block + 2
     if dims.has_experts(block):
-        return table + experts(dims, layer) + shared_experts(dims, layer)
-    return table + mlp(dims, layer, "mlp", dims.mlp_width, dims.mlp_bias)
+        return experts(dims, layer) + shared_experts(dims, layer)
+    return mlp(dims, layer, "mlp", dims.mlp_width, dims.mlp_bias)
 
 
 def attention(dims: ModelDims, layer: int) -> list[TensorShape]:
@@ -145,5 +161,13 @@ def shared_experts(dims: ModelDims, layer: int) -> list[TensorShape]:
     return table
 
 
-BLOCKS = {"mamba": mamba_block, "mamba2": mamba2_block, "rwkv": rwkv_block, "gmlp": gmlp_block, "amlp": gmlp_block}
-"""Kinds without attention -> their tensors."""
+BLOCKS = {
+    "mamba": mamba_block,
+    "mamba2": mamba2_block,
+    "rwkv": rwkv_block,
+    "gmlp": gmlp_block,
+    "amlp": gmlp_block,
+    ATTENTION_ALONE: attention_alone,
+    MLP_ALONE: mlp_alone,
+}
+"""Kinds that are no attention and MLP -> their tensors."""

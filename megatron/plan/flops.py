@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron.param_table import ModelDims, TensorShape
-from megatron.registry import GATED_DELTA_NET, WITHOUT_ATTENTION
+from megatron.registry import GATED_DELTA_NET, MLP_ALONE, WITHOUT_ATTENTION
 
 
 def flops_per_iteration(
@@ -78,4 +78,6 @@ def _mixing(dims: ModelDims, block: int, seq_length: int) -> int:
     if kind in {"gmlp", "amlp"}:
         small = 4 * seq_length * mixers.gmlp_attention if kind == "amlp" else 0
         return 2 * seq_length * mixers.gmlp_width + small
+    if kind == MLP_ALONE:
+        return 0
     return 2 * seq_length * (dims.query_size + dims.value_size)

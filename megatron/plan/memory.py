@@ -20,7 +20,18 @@ from megatron.plan.activation_layout import ActivationLayout
 from megatron.plan.gated_delta import delta_bytes
 from megatron.plan.latents import core_bytes, latent_bytes
 from megatron.plan.mixers import mixer_activations
-from megatron.registry import ATTENTION, FULL_ATTENTION, GATED_DELTA_NET, NORMS, ONE_PLUS, POSITIONS, WITHOUT_MLP
+from megatron.registry import (
+    ATTENTION,
+    ATTENTION_ALONE,
+    FULL_ATTENTION,
+    GATED_DELTA_NET,
+    MIXER_BLOCKS,
+    MLP_ALONE,
+    NORMS,
+    ONE_PLUS,
+    POSITIONS,
+    WITHOUT_MLP,
+)
 
 FP32 = 4
 
@@ -119,22 +130,39 @@ def _zero_gradients(count: int, share: int, layout: StateLayout) -> int:
 
 def block_activations(dims: ModelDims, layout: ActivationLayout, block: int = 0) -> int:
     """Returns the bytes that autograd saves for one block and one micro batch. block: its number."""
-    if dims.kind(block) in WITHOUT_MLP:
-        return _mixer(dims, layout, dims.kind(block))
+    kind = dims.kind(block)
+    if kind in MIXER_BLOCKS:
+        return _mixer(dims, layout, kind)
+    if kind in (ATTENTION_ALONE, MLP_ALONE):
+        return _sublayer(dims, layout, block)
     norms = 1 if dims.shared_norm else 2
     norms *= 2 if dims.norms_before and dims.norms_after else 1
     inputs = 1 if dims.gpt_j_residual else norms  # norms of a parallel residual read the same tensor
     between = _between(dims, block) * dims.hidden_size  # outputs of the norms, inputs of the linear layers
     saved = layout.residual_tokens * between * layout.width + _updates(dims, layout, block)
-    saved += (
-        _experts(dims, layout)
-        if dims.has_experts(block)
-        else layout.tokens * _mlp_width(dims, layout, dims.mlp_width) * layout.width
-    )
-    saved += _norm_inputs(dims, layout, norms, inputs) + _attention(dims, layout, block)
+    saved += _mlp(dims, layout, block) + _norm_inputs(dims, layout, norms, inputs) + _attention(dims, layout, block)
     if layout.hidden_dropout:
         saved += 2 * layout.residual_tokens * dims.hidden_size  # one byte of mask per element
     return saved
+
+
+def _sublayer(dims: ModelDims, layout: ActivationLayout, block: int) -> int:
+    """Returns the saved bytes of a block of attention or an MLP alone: of it, of one norm and of its output."""
+    attends = dims.kind(block) == ATTENTION_ALONE
+    saved = _attention(dims, layout, block) if attends else _mlp(dims, layout, block)
+    read = dims.saves_input("query_key_value" if attends else "dense_h_to_4h") and not (
+        dims.frozen and dims.has_experts(block)
+    )
+    values = layout.residual_tokens * dims.hidden_size
+    saved += values * layout.width * int(read) + _norm_inputs(dims, layout, norms=1, inputs=1)
+    return saved + _updates(dims, layout, block) + (values if layout.hidden_dropout else 0)
+
+
+def _mlp(dims: ModelDims, layout: ActivationLayout, block: int) -> int:
+    """Returns the saved bytes of a block's MLP or experts, without their input."""
+    if dims.has_experts(block):
+        return _experts(dims, layout)
+    return layout.tokens * _mlp_width(dims, layout, dims.mlp_width) * layout.width
 
 
 def _between(dims: ModelDims, block: int) -> int:
@@ -153,10 +181,12 @@ def _updates(dims: ModelDims, layout: ActivationLayout, block: int) -> int:
         return 0
     if dims.kind(block) == GATED_DELTA_NET:
         widths = {"dense": dims.mixers.delta.value_size // layout.model_parallel_size}
+    elif dims.kind(block) == MLP_ALONE:
+        widths = {}
     else:
         widths = {"query_key_value": dims.hidden_size, "dense": dims.value_size // layout.model_parallel_size}
         widths |= {"output_gate": dims.hidden_size} if dims.output_gate else {}
-    if not dims.has_experts(block):
+    if dims.kind(block) not in WITHOUT_MLP and not dims.has_experts(block):
         widths |= {"dense_h_to_4h": dims.hidden_size, "dense_4h_to_h": dims.mlp_width // layout.model_parallel_size}
     inputs = [width for name, width in widths.items() if name in adapter.targets]
     saved = len(inputs) * adapter.rank * layout.width

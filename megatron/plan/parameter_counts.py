@@ -9,10 +9,10 @@ from math import prod
 from megatron.block_sparsity import SPARSE_KINDS
 from megatron.config import Config
 from megatron.param_table import ModelDims, TensorShape, tensors
-from megatron.registry import WITHOUT_ATTENTION
+from megatron.registry import ATTENTION_ALONE, WITHOUT_ATTENTION
 
-SAME_TENSORS = {"global", "flash", *SPARSE_KINDS}
-"""Attention kinds with the same tensors and different masks."""
+SAME_TENSORS = {"global", "flash", ATTENTION_ALONE, *SPARSE_KINDS}
+"""Kinds with the same tensors of attention and different masks."""
 OF_EXPERTS = ("expert", "expert_bias")
 """Kinds of tensors that expert-parallel ranks share out."""
 

@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from megatron.registry.kernels import KernelFacts
-from megatron.registry.model import ATTENTION, CAUSAL, FULL_ATTENTION, LINEAR_BIAS, POSITIONS, VANILLA
+from megatron.registry.model import ATTENTION, ATTENTION_ALONE, CAUSAL, FULL_ATTENTION, LINEAR_BIAS, POSITIONS, VANILLA
 
 GLOBAL, FLASH = "global", "flash"
 Capability = tuple[int, int]
@@ -99,7 +99,7 @@ class AttentionFacts:
 
     def for_kind(self, kind: str) -> AttentionFacts:
         """Returns the facts of blocks of that kind; a sliding window belongs to those without a layout."""
-        facts = replace(self, kind=kind)
+        facts = replace(self, kind=GLOBAL if kind == ATTENTION_ALONE else kind)
         return replace(facts, window=facts.window and not facts.layout)
 
 

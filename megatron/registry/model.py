@@ -232,6 +232,12 @@ DENSE = "megatron.model.attention.dense:ParallelSelfAttention"
 FULL_ATTENTION = frozenset({"full attention"})
 """Trait of a kind of attention_config that hides nothing besides what the causal mask and a sliding window hide."""
 
+ATTENDS, FEEDS = frozenset({"attends alone"}), frozenset({"feeds alone"})
+"""Traits of a kind of attention_config that is a block of attention alone, and of an MLP or experts alone."""
+
+ATTENTION_ALONE, MLP_ALONE = "attention", "mlp"
+"""The names of these kinds."""
+
 ATTENTION = Registry(
     "attention kind",
     "attention_config",
@@ -248,6 +254,18 @@ ATTENTION = Registry(
             "megatron.model.mixers.gated_delta_net:GatedDeltaNet",
             "A corrected and decaying state in place of attention, arXiv:2412.06464",
             traits=REPLACES_ATTENTION,
+        ),
+        Entry(
+            ATTENTION_ALONE,
+            "megatron.model.sublayer_block:AttentionTransformerBlock",
+            "global in a block without an MLP",
+            traits=FULL_ATTENTION | ATTENDS,
+        ),
+        Entry(
+            MLP_ALONE,
+            "megatron.model.sublayer_block:MLPTransformerBlock",
+            "An MLP or experts in a block without attention",
+            traits=FEEDS,
         ),
         Entry(
             "mamba",
@@ -282,9 +300,13 @@ ATTENTION = Registry(
     ],
 )
 
-WITHOUT_MLP = frozenset(entry.name for entry in ATTENTION.built_in if entry.traits & STANDALONE_BLOCK)
+MIXER_BLOCKS = frozenset(entry.name for entry in ATTENTION.built_in if entry.traits & STANDALONE_BLOCK)
 """The kinds of attention_config that are blocks of their own, without the norms and the MLP of the others."""
-WITHOUT_ATTENTION = WITHOUT_MLP | {entry.name for entry in ATTENTION.built_in if entry.traits & REPLACES_ATTENTION}
+WITHOUT_MLP = MIXER_BLOCKS | {ATTENTION_ALONE}
+"""The kinds of attention_config without an MLP or experts as other blocks have them."""
+REPLACING = frozenset(entry.name for entry in ATTENTION.built_in if entry.traits & REPLACES_ATTENTION)
+"""The kinds of attention_config with an MLP, and another mixer in place of attention."""
+WITHOUT_ATTENTION = MIXER_BLOCKS | REPLACING | {MLP_ALONE}
 """The kinds of attention_config without attention."""
 
 MLPS = Registry(

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron.errors import ConfigError
-from megatron.param_table import ModelDims, recurrent_state_shapes
+from megatron.param_table import ModelDims
+from megatron.registry import WITHOUT_ATTENTION
 
 GIB = 2**30
 
@@ -31,9 +32,8 @@ class CacheSize:
     def row_bytes(self) -> int:
         """Keys and values of one text of the longest length, on one rank [bytes]."""
         dims = self.dims
-        blocks = range(dims.num_layers)
-        states = [recurrent_state_shapes(dims, block, model_size=1, max_length=self.length) for block in blocks]
-        attending = 0 if all(states) else -(-dims.num_layers // self.pipe_size)
+        of_all = sum(dims.kind(block) not in WITHOUT_ATTENTION for block in range(dims.num_layers))
+        attending = min(of_all, -(-dims.num_layers // self.pipe_size))
         return attending * self.length * dims.cached_per_token(self.model_size) * self.width
 
 

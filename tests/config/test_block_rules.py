@@ -9,6 +9,9 @@ from tests.config.small import errors, resolved
 TOPK = {"moe_num_experts": 4, "moe_top_k": 2, "moe_router_type": "topk"}
 MAMBA2: dict[str, Any] = {"attention_config": [[["mamba2"], "all"]]}
 DELTA = {"attention_config": [[["gated_delta_net", "global"], "all"]]}
+ALONE: dict[str, Any] = {"attention_config": [[["attention", "mlp"], "all"]]}
+ONLY_ATTENTION: dict[str, Any] = {"attention_config": [[["attention", "mamba2"], "all"]], "mamba_num_groups": 1}
+ONLY_MLPS: dict[str, Any] = {"attention_config": [[["mlp"], "all"]], "pos_emb": "none"}
 CASES: list[tuple[int, dict[str, Any], str]] = [
     (
         2,
@@ -64,8 +67,8 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
     (1, {"moe_z_loss_coeff": -1.0}, "moe_z_loss_coeff = -1.0: it cannot be negative"),
     (1, {"moe_router_bias_update_rate": 0.0}, "moe_router_bias_update_rate = 0.0: it must be more than 0"),
     (1, {**TOPK, "moe_layer_freq": [1]}, "moe_layer_freq = [1]: it takes a 1 or a 0 for each of the 2 blocks"),
-    (1, {**TOPK, "moe_layer_freq": [0, 0]}, "no block that attends has experts; set moe_num_experts: 1"),
-    (1, {**TOPK, "moe_first_k_dense_replace": 2}, "moe_first_k_dense_replace = 2: no block that attends has experts"),
+    (1, {**TOPK, "moe_layer_freq": [0, 0]}, "no block with an MLP has experts; set moe_num_experts: 1"),
+    (1, {**TOPK, "moe_first_k_dense_replace": 2}, "moe_first_k_dense_replace = 2: no block with an MLP has experts"),
     (
         1,
         {**TOPK, "moe_layer_freq": [0, 1], "moe_first_k_dense_replace": 1},
@@ -170,6 +173,23 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
         {**MAMBA2, "mamba_num_groups": 1, "context_parallel_size": 2, "seq_length": 4},
         "the convolution of a Mamba block reads 3 positions before its own, more than a rank has of 4 tokens",
     ),
+    *(
+        (1, {**ALONE, **changes}, f"a block of kind attention and mlp has one sublayer: {why}")
+        for changes, why in (
+            ({"gpt_j_residual": True}, "nothing in it could be parallel"),
+            ({"norm_placement": "output"}, "it has one norm, before attention or MLP"),
+            ({"use_mup": True}, "the depth of the model is counted in pairs"),
+            ({"compile": True}, "blocks are compiled with attention and MLP"),
+        )
+    ),
+    (
+        1,
+        {**ALONE, "te_layernorm_mlp": True},
+        "a block of kind attention and mlp has one sublayer: Transformer Engine's layers are put into blocks with both",
+    ),
+    (1, {**ALONE, **TOPK, "moe_layer_freq": [1, 0]}, "no block with an MLP has experts"),
+    (1, {**ONLY_ATTENTION, "lora": {"rank": 4, "targets": "all"}}, "no block has an MLP, so no block has a dense_h"),
+    (1, {**ONLY_MLPS, "lora": {"rank": 4}}, "no block has attention, so no block has a query_key_value"),
     (1, {"attention_config": [[["rwkv"], "all"]], "head_size": 7}, "head_size = 7: 4 heads of 64 features are 16 wide"),
     (1, {"attention_config": [[["rwkv"], "all"]], "dim_att": 66}, "num_attention_heads = 4 does not divide it"),
     (
@@ -222,6 +242,7 @@ def test_spread_experts_get_the_zero_block_that_they_need() -> None:
         (2, {"attention_config": [[["mamba"], "all"]], "model_parallel_size": 2, "num_attention_heads": 1}),
         (2, {"attention_config": [[["rwkv", "global"], "all"]], "model_parallel_size": 2, "sequence_parallel": True}),
         (1, {"attention_config": [[["gmlp", "amlp"], "all"]], "reset_attention_mask": True}),
+        (2, {**ALONE, "model_parallel_size": 2, "lora": {"rank": 4}, "pos_emb": "rotary"}),
         (2, {**MAMBA2, "mamba_num_groups": 2, "model_parallel_size": 2, "sequence_parallel": True}),
         (2, {**MAMBA2, "mamba_num_groups": 1, "context_parallel_size": 2, "num_kv_heads": None}),
         (2, {"attention_config": [[["rwkv", "mamba"], "all"]], "zero_optimization": {"stage": 3}}),

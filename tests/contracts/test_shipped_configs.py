@@ -51,6 +51,8 @@ PARAMETERS = {
     "deepseek_v2/16B-A2-4B": 15_706_484_224,
     "deepseek_v3/671B-A37B": 671_026_404_352,  # of transformers' class, without the block that predicts a second token
     "gpt_oss/20B": 20_914_757_184,
+    "mamba2/130M": 128_989_632,
+    "nemotron_h/8B": 8_100_852_736,
     "glm4_moe/106B-A12B": 106_852_245_504,  # of transformers' class, without the block that predicts further tokens
 }
 """As in the papers and on the model cards of the Hugging Face hub (arXiv:2204.06745; arXiv:2304.01373, table 1;

@@ -22,7 +22,7 @@ from megatron.engine.builder import build_inference_engine
 from megatron.errors import ConfigError
 from megatron.inference.sampling import Sampler, Sampling
 from megatron.inference.token_loop import Limits, RunningSequence, decode
-from megatron.registry import GATED_DELTA_NET, MLPS, ROUTERS, WITHOUT_ATTENTION
+from megatron.registry import GATED_DELTA_NET, MLP_ALONE, MLPS, ROUTERS, WITHOUT_ATTENTION
 from tests.contracts.shipped import CONFIGS
 from tests.end_to_end.runs import BASE, run, run_files, series
 from tests.layouts import pick
@@ -49,7 +49,7 @@ MEMBERS: dict[str, dict[str, Any]] = {
             **(MAMBA2 if kind == "mamba2" else {}),
             **(DELTA if kind == GATED_DELTA_NET else {}),
         }
-        for kind in sorted(WITHOUT_ATTENTION)
+        for kind in sorted(WITHOUT_ATTENTION - {MLP_ALONE})
     },
     "gated delta net, gated attention, experts": {
         **MIXTURE,
@@ -59,6 +59,15 @@ MEMBERS: dict[str, dict[str, Any]] = {
         "attention_output_gate": True,
     },
     "moe, parallel residual": {**MIXTURE, "moe_router_type": "topk", "gpt_j_residual": True},
+    "moe, mamba2, attention, mlp": {
+        **MIXTURE,
+        **MAMBA2,
+        "num_layers": 4,
+        "attention_config": ["mamba2", "mlp", "attention", "mlp"],
+        "moe_router_type": "topk",
+        "moe_layer_freq": [0, 0, 0, 1],
+        "reset_attention_mask": True,
+    },
     "mamba and attention": {"attention_config": [[["mamba", "global"], "all"]], "norm": "layernorm"},
 }
 LAYOUTS = pick("tensor 2, sequence", "pipeline 2", "recomputed", "data 2, ZeRO 3")

@@ -20,12 +20,12 @@ from megatron.model.mixers.gmlp import GMLPTransformerBlock
 from megatron.model.mixers.mamba import MambaTransformerBlock
 from megatron.model.mixers.rwkv import RWKVTransformerBlock
 from megatron.param_table import tensors
-from megatron.registry import WITHOUT_ATTENTION
+from megatron.registry import MLP_ALONE, WITHOUT_ATTENTION
 from tests.model.mixers import build, cache, dims, disturb
 from tests.model.sections import VOCABULARY
 from tests.multi_rank import run_distributed
 
-KINDS = sorted(WITHOUT_ATTENTION)
+KINDS = sorted(WITHOUT_ATTENTION - {MLP_ALONE})
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:

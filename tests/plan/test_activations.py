@@ -73,6 +73,11 @@ CASES: dict[str, dict[str, Any]] = {
     "mamba2": {"attention_config": [[["mamba2"], "all"]], "mamba_num_groups": 2, "mamba_state_dim": 48},
     "gated delta net": {"norm": "rmsnorm", "activation": "swiglu", "pos_emb": "none", **DELTA},
     "gated delta net, grouped values, experts": {**EXPERTS, **DELTA, "linear_num_value_heads": 4, "pos_emb": "none"},
+    "attention alone": {**LLAMA, "attention_config": [[["attention"], "all"]]},
+    "MLPs alone": {"attention_config": [[["mlp"], "all"]], "pos_emb": "none", "activation": "squared_relu"},
+    "experts alone": {**EXPERTS, **SHARED, "attention_config": [[["mlp"], "all"]], "pos_emb": "none"},
+    "updates of attention alone": {**NEOX, "gpt_j_residual": False, "attention_config": [[["attention"], "all"]]}
+    | {"lora": {"rank": 8, "targets": ["query_key_value", "dense"]}},
     "updates": {"lora": {"rank": 8}},
     "updates of all, neox": {**NEOX, "lora": {"rank": 8, "targets": "all"}},
     "latents": LATENTS,

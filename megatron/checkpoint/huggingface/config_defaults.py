@@ -311,6 +311,7 @@ ALIASES: Mapping[str, Mapping[str, str]] = {
         "head_dim": "d_kv",
     },
     **EXPERT_ALIASES,
+    "nemotron_h": {"layer_types": "layers_block_type", "num_local_experts": "n_routed_experts"},
 }
 """model_type -> another name of a key -> the key."""
 

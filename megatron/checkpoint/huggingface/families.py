@@ -19,6 +19,7 @@ from megatron.checkpoint.huggingface.mamba import MAMBA
 from megatron.checkpoint.huggingface.mamba2 import MAMBA2
 from megatron.checkpoint.huggingface.megatron_bert import MEGATRON_BERT
 from megatron.checkpoint.huggingface.mpt import MPT
+from megatron.checkpoint.huggingface.nemotron_h import NEMOTRON_H
 from megatron.checkpoint.huggingface.olmo import OLMO2, OLMO3
 from megatron.checkpoint.huggingface.olmoe import OLMOE
 from megatron.checkpoint.huggingface.opt import OPT
@@ -36,7 +37,7 @@ from megatron.registry import BIDIRECTIONAL, CAUSAL, WITHOUT_ATTENTION
 
 EARLIER = (GPT_NEOX, LLAMA, MISTRAL, MIXTRAL, QWEN3, GPT2, OPT, MPT, MAMBA, MEGATRON_BERT, T5)
 LATER = (QWEN2, GEMMA2, GEMMA3, OLMO2, OLMO3, SMOLLM3, PHI3, COHERE2, GRANITE, STARCODER2, NEMOTRON, MAMBA2)
-WITH_EXPERTS = (QWEN2_MOE, QWEN3_MOE, OLMOE, GLM4_MOE, DEEPSEEK_V2, DEEPSEEK_V3, GPT_OSS)
+WITH_EXPERTS = (QWEN2_MOE, QWEN3_MOE, OLMOE, GLM4_MOE, DEEPSEEK_V2, DEEPSEEK_V3, GPT_OSS, NEMOTRON_H)
 FAMILIES = {family.name: family for family in (*EARLIER, *LATER, *WITH_EXPERTS)}
 """In the order in which they are tried: a model that several can express keeps the family that it had."""
 
@@ -66,7 +67,7 @@ def family_for(model: ModelSection, moe: MoeSection, mixers: MixersSection, name
         likely = [family for family in FAMILIES.values() if family.encoder]
     elif model.encoder_num_layers is not None:
         likely = [family for family in FAMILIES.values() if family.encoder_decoder]
-    elif {"mamba", "mamba2"} & set(map(str, model.attention_config or ())):
+    elif WITHOUT_ATTENTION & set(map(str, model.attention_config or ())):
         likely = [family for family in FAMILIES.values() if family.mixers is not None]
     raise ConfigError(*min((errors[family.name] for family in likely), key=len))
 

@@ -17,7 +17,7 @@ from megatron.errors import ConfigError, ConfigIssue
 
 ACTIVATIONS = {**OF_NEOX, "squared_relu": "relu2"}
 """Ours -> theirs."""
-_BACK = {**THEIR_ACTIVATIONS, "relu2": "squared_relu"}
+ACTIVATIONS_BACK = {**THEIR_ACTIVATIONS, "relu2": "squared_relu"}
 
 
 def _misfits(model: ModelSection, family: str, **others: object) -> list[ConfigIssue]:
@@ -64,7 +64,7 @@ def _nemotron_config(model: ModelSection, padded_vocab_size: int) -> Settings:
 def _settings(theirs: Mapping[str, Any], epsilon: str, rotary: Settings | None = None) -> Settings:
     found = decoder_settings({**theirs, "hidden_act": "silu"}, rotary, epsilon=("layernorm_epsilon", epsilon))
     return found | {
-        "activation": choose(_BACK, theirs, "hidden_act"),
+        "activation": choose(ACTIVATIONS_BACK, theirs, "hidden_act"),
         "intermediate_size": theirs["intermediate_size"],
     }
 

@@ -11,6 +11,8 @@ KEY = "attention_config"
 TYPES = "layer_types"
 
 CLASSES = {
+    "attention": "AttentionTransformerBlock",
+    "mlp": "MLPTransformerBlock",
     "mamba": "MambaTransformerBlock",
     "mamba2": "Mamba2TransformerBlock",
     "rwkv": "RWKVTransformerBlock",

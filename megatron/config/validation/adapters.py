@@ -8,7 +8,7 @@ from megatron.adapter_config import GATE, HEAD, low_rank, soft_prompt
 from megatron.config.config import Config
 from megatron.config.derived.curriculum import curriculum_lengths
 from megatron.errors import ConfigIssue
-from megatron.registry import WITHOUT_ATTENTION
+from megatron.registry import REPLACING, WITHOUT_ATTENTION, WITHOUT_MLP
 
 
 def one_thing_is_trained(config: Config) -> Iterator[ConfigIssue]:
@@ -43,17 +43,26 @@ def adapters_have_matrices(config: Config) -> Iterator[ConfigIssue]:
     if GATE in requested.targets and not model.attention_output_gate:
         what = f"the model has no {GATE} (attention_output_gate)"
         yield ConfigIssue(what, key="lora", value=model.lora, hint="leave that target out")
-    attending = [number for number, kind in enumerate(model.attention_config or ()) if kind not in WITHOUT_ATTENTION]
-    if not attending:
-        kinds = ", ".join(sorted(set(map(str, model.attention_config or ()))))
+    listed = list(enumerate(map(str, model.attention_config or ())))
+    attends = any(kind not in WITHOUT_ATTENTION for _, kind in listed)
+    fed = [number for number, kind in listed if kind not in WITHOUT_MLP]
+    if not attends and not fed:
+        kinds = ", ".join(sorted({kind for _, kind in listed}))
         message = f"no block has attention, and blocks of kind {kinds} take no low-rank updates"
         yield ConfigIssue(message, key="lora", hint="train the whole model, or a soft prompt")
         return
-    mixtures = all(moe.has_experts(number) for number in attending)
-    lost = [
-        name for name, module in zip(requested.targets, requested.modules(), strict=True) if module.startswith("mlp.")
-    ]
-    if mixtures and lost:
+    of_mlps = [module.startswith("mlp.") for module in requested.modules()]
+    lost = [name for name, of_mlp in zip(requested.targets, of_mlps, strict=True) if of_mlp]
+    others = [name for name, of_mlp in zip(requested.targets, of_mlps, strict=True) if not of_mlp]
+    if any(kind in REPLACING for _, kind in listed):
+        others = [name for name in others if name != "dense"]
+    if not attends and others:
+        what = f"no block has attention, so no block has a {others[0]}"
+        yield ConfigIssue(what, key="lora", hint="write targets: [dense_h_to_4h, dense_4h_to_h]")
+    if not fed and lost:
+        what = f"no block has an MLP, so no block has a {lost[0]}"
+        yield ConfigIssue(what, key="lora", hint="write targets: [query_key_value, dense]")
+    elif all(moe.has_experts(number) for number in fed) and lost:
         yield ConfigIssue(
             f"every block has experts in place of its MLP, so no block has a {lost[0]}; experts take no low-rank "
             "updates",

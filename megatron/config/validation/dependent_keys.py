@@ -89,7 +89,7 @@ DEPENDENT: tuple[DependentKeys, ...] = (
     DependentKeys(("sparsity_config",), lambda config: has_kind(config, *SPARSE_KINDS), "no block is of a sparse kind"),
     DependentKeys(
         ("sliding_window_width",),
-        lambda config: has_kind(config, "global", "flash"),
+        lambda config: has_kind(config, "global", "flash", "attention"),
         "it is for blocks of kind global and flash",
     ),
     DependentKeys(("use_apex_adam",), _has_full_adam, "the optimizer is not adam"),
@@ -324,7 +324,7 @@ DEPENDENT: tuple[DependentKeys, ...] = (
     ),
     DependentKeys(
         ("scaled_upper_triang_masked_softmax_fusion", "scaled_masked_softmax_fusion"),
-        lambda config: has_kind(config, "global"),
+        lambda config: has_kind(config, "global", "attention"),
         "no block is of kind global",
     ),
     DependentKeys(("dpo_beta", "dpo_fp32", "dpo_reference_free"), _objective("dpo"), "train_impl is not dpo"),

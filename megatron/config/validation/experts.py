@@ -138,7 +138,7 @@ def blocks_with_experts_exist(config: Config) -> Iterator[ConfigIssue]:
     attending = [number for number, kind in enumerate(kinds) if kind not in WITHOUT_MLP]
     if kinds and not any(map(moe.has_experts, attending)):
         given = "moe_layer_freq" if listed is not None else "moe_first_k_dense_replace" if first else "moe_num_experts"
-        message = "no block that attends has experts"
+        message = "no block with an MLP has experts"
         yield ConfigIssue(
             message, key=given, value=getattr(moe, given), hint="set moe_num_experts: 1 for a dense model"
         )

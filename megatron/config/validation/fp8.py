@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron.config.config import Config
 from megatron.errors import ConfigIssue
-from megatron.registry import WITHOUT_MLP
+from megatron.registry import MIXER_BLOCKS
 from megatron.registry.fp8 import FP8_RECIPES
 
 KEY = "fp8"
@@ -30,7 +30,7 @@ def fp8_recipe_is_usable(config: Config) -> Iterator[ConfigIssue]:
         what = f"{config.transformer_engine.layers[0]} gives the products to Transformer Engine"
         yield ConfigIssue(what, key=KEY, value=block, hint="leave one of them out")
     kinds = frozenset(config.model.attention_config or ())
-    if kinds and kinds <= WITHOUT_MLP:
+    if kinds and kinds <= MIXER_BLOCKS:
         yield ConfigIssue(f"blocks of {', '.join(sorted(kinds))} have no such products", key=KEY, value=block)
     yield from product_sizes(config, KEY, block, widths=recipe.multiple, tokens=recipe.multiple)
 

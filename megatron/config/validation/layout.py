@@ -106,7 +106,7 @@ def heads_divide_ranks(config: Config) -> Iterator[ConfigIssue]:
     kv_heads = config.model.num_kv_heads
     assert heads is not None
     assert kv_heads is not None
-    if not _any_block(config, beside={"mamba", "mamba2", "gmlp", "amlp", GATED_DELTA_NET}):
+    if not _any_block(config, beside={"mamba", "mamba2", "gmlp", "amlp", "mlp", GATED_DELTA_NET}):
         return
     if ranks > 0 and heads % ranks:
         yield ConfigIssue(f"model_parallel_size = {ranks} does not divide it", key="num_attention_heads", value=heads)
@@ -147,7 +147,7 @@ def _has_plain_width(config: Config) -> bool:
     """Returns whether a block has the model's inner width: any but Mamba, RWKV, and experts of a width of their own."""
     own = config.moe.moe_ffn_hidden_size is not None
     return any(
-        kind not in {"mamba", "mamba2", "rwkv"} and not (own and config.moe.has_experts(number))
+        kind not in {"mamba", "mamba2", "rwkv", "attention"} and not (own and config.moe.has_experts(number))
         for number, kind in enumerate(map(str, config.model.attention_config or ()))
     )
 

@@ -9,7 +9,7 @@ from megatron.config.config import Config
 from megatron.config.validation.positions import scaling_error
 from megatron.errors import ConfigIssue
 from megatron.layer_types import OPTIONS, ROTARY
-from megatron.registry import BIDIRECTIONAL, NORMS, ONE_PLUS, POSITIONS, VANILLA, WITHOUT_MLP, nearest_name
+from megatron.registry import BIDIRECTIONAL, MIXER_BLOCKS, NORMS, ONE_PLUS, POSITIONS, VANILLA, nearest_name
 from megatron.registry.attention import SOFTMAX_KEYS
 
 POSITIVE = (
@@ -26,7 +26,7 @@ def norms_fit_their_blocks(config: Config) -> Iterator[ConfigIssue]:
     model = config.model
     if model.norm_placement == "pre":
         return
-    others = sorted(set(map(str, model.attention_config or ())) & WITHOUT_MLP)
+    others = sorted(set(map(str, model.attention_config or ())) & MIXER_BLOCKS)
     reasons = {
         "gpt_j_residual": (model.gpt_j_residual, "attention and MLP are added together, before a norm could see each"),
         "attention_config": (bool(others), f"blocks of kind {', '.join(others)} have norms of their own"),

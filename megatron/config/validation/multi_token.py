@@ -9,7 +9,7 @@ from megatron.config.config import Config
 from megatron.config.derived.fill import trains
 from megatron.errors import ConfigIssue
 from megatron.pipe_schedule.layout import ONE_F_ONE_B
-from megatron.registry import POSITIONS, WITHOUT_ATTENTION
+from megatron.registry import ATTENTION_ALONE, POSITIONS, WITHOUT_ATTENTION
 
 KEY = "mtp_num_layers"
 
@@ -49,7 +49,10 @@ def modules_read_further_tokens(config: Config) -> Iterator[ConfigIssue]:
             not config.kernels.fused_linear_cross_entropy,
             "each module's loss is computed together with the output layer",
         ),
-        "attention_config": (last in WITHOUT_ATTENTION, f"a module has a block as the last one, which is a {last}"),
+        "attention_config": (
+            last in WITHOUT_ATTENTION | {ATTENTION_ALONE},
+            f"a module has a block as the last one, which is a {last}",
+        ),
         "compile": (config.kernels.compile, "the blocks of modules are not compiled"),
     }
     for key, (applies, why) in reasons.items():

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from megatron.config.config import FIELDS, Config
 from megatron.config.derived.fill import trains
 from megatron.errors import ConfigIssue
-from megatron.registry import NORMS, OPTIMIZERS, POSITIONS, WITHOUT_ATTENTION
+from megatron.registry import MIXER_BLOCKS, NORMS, OPTIMIZERS, POSITIONS, REPLACING
 
 FACTORS = ("mup_init_scale", "mup_attn_temp", "mup_output_temp", "mup_embedding_mult", "mup_rp_embedding_mult")
 
@@ -83,7 +83,7 @@ def mup_knows_the_model(config: Config) -> Iterator[ConfigIssue]:
     """MuP has rules for matrix products and attention only."""
     if not config.mup.use_mup:
         return
-    kinds = sorted(set(map(str, config.model.attention_config or ())) & WITHOUT_ATTENTION)
+    kinds = sorted(set(map(str, config.model.attention_config or ())) & (MIXER_BLOCKS | REPLACING))
     if kinds:
         yield ConfigIssue(
             f"muP has no rules for blocks of kind {', '.join(kinds)}: they are derived for products of matrices and "

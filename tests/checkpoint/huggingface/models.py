@@ -42,6 +42,8 @@ from transformers import (
     MptForCausalLM,
     NemotronConfig,
     NemotronForCausalLM,
+    NemotronHConfig,
+    NemotronHForCausalLM,
     Olmo2Config,
     Olmo2ForCausalLM,
     Olmo3Config,
@@ -190,6 +192,25 @@ _MSCALES = {
     "mscale": 0.707,
     "mscale_all_dim": 1.0,
 }
+_HYBRID = ["linear_attention", "moe", "full_attention", "mlp", "moe", "linear_attention"]
+_NEMOTRON_H = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 24,
+    "intermediate_size": 88,
+    "max_position_embeddings": 64,
+    "ssm_state_size": 12,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 12,
+    "n_groups": 2,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "moe_shared_expert_intermediate_size": 40,
+    "pad_token_id": None,
+}
 MIXTURES: dict[str, Callable[[], PreTrainedModel]] = {
     "qwen2_moe": lambda: Qwen2MoeForCausalLM(
         Qwen2MoeConfig(
@@ -256,6 +277,9 @@ MIXTURES: dict[str, Callable[[], PreTrainedModel]] = {
             rope_parameters={**_YARN, "truncate": False},
         )
     ),
+    "nemotron_h": lambda: NemotronHForCausalLM(
+        NemotronHConfig(**_NEMOTRON_H, layers_block_type=_HYBRID, n_group=2, routed_scaling_factor=2.5)
+    ),
     "glm4_moe, one group, all blocks": lambda: Glm4MoeForCausalLM(Glm4MoeConfig(**_GLM, first_k_dense_replace=0)),
 }
 """Families with experts beside Mixtral -> makes the model."""
@@ -288,6 +312,16 @@ MODELS = {
             use_bias=True,
             time_step_limit=(0.01, 0.5),
             use_conv_bias=False,
+        )
+    ),
+    "nemotron_h, dense, biases": lambda: NemotronHForCausalLM(
+        NemotronHConfig(
+            **_NEMOTRON_H,
+            layers_block_type=["mlp", "linear_attention", "full_attention", "mlp"],
+            mlp_bias=True,
+            use_bias=True,
+            use_conv_bias=False,
+            mlp_hidden_act="gelu",
         )
     ),
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**_GPT2)),
@@ -330,5 +364,5 @@ def tokens() -> torch.Tensor:
     return torch.randint(0, VOCABULARY, (3, 24), generator=torch.Generator().manual_seed(3))
 
 
-OF_LATER_RELEASES = frozenset(name for name in MODELS if name.startswith("mamba2"))
-"""Those that 4.57.6 computes otherwise: the norm of Mamba-2 is of all groups together there."""
+OF_LATER_RELEASES = frozenset(name for name in MODELS if name.startswith(("mamba2", "nemotron_h")))
+"""Those that 4.57.6 computes otherwise (the norm of Mamba-2 is of all groups together there) or does not have."""

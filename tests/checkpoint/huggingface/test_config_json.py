@@ -63,6 +63,14 @@ SIZES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 2,
         "num_key_value_heads": 2,  # which the class does not fill in
     },
+    "nemotron_h": {
+        "hidden_size": 32,
+        "num_attention_heads": 8,
+        "intermediate_size": 40,
+        "mamba_num_heads": 8,
+        "moe_intermediate_size": 16,
+        "moe_shared_expert_intermediate_size": 24,
+    },
     "gpt2": {"n_embd": 32, "n_head": 4, "n_layer": 1},
     "opt": {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "ffn_dim": 40},
     "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 1},
@@ -109,7 +117,8 @@ CHANGES_NOTHING = frozenset(
         *("transformers_version", "architectures", "output_hidden_states", "output_attentions", "return_dict", "dtype"),
         *("output_router_logits", "num_nextn_predict_layers", "num_mtp_layers"),
         *("chunk_size", "time_step_rank", "time_step_min", "time_step_max", "time_step_floor"),  # of recurrent blocks
-        *("rescale_prenorm_residual", "residual_in_fp32"),
+        *("rescale_prenorm_residual", "residual_in_fp32", "use_mamba_kernels", "mamba_ssm_cache_dtype"),
+        *("num_logits_to_keep", "moe_shared_expert_overlap", "mtp_layers_block_type", "num_hidden_layers"),
         *("pretraining_tp", "max_window_layers"),  # the last without windows
         *("chunk_size_feed_forward", "is_encoder_decoder", "id2label", "label2id", "problem_type"),
     }
