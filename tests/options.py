@@ -91,6 +91,7 @@ PART_CASES: dict[str, Keys] = {
     "biases of queries, keys and values": {"add_qkv_bias": True, "use_bias_in_attn_linear": False},
     "norms of outputs": {"norm_placement": "output", "norm": "rmsnorm"},
     "norms on both sides": {"norm_placement": "sandwich", "norm": "rmsnorm_1p", "residual_multiplier": 0.5},
+    "norms of sums": {"norm_placement": "post", "embedding_norm": True, "residual_multiplier": 0.5},
     "norms across heads": {
         "norm": "rmsnorm",
         "use_qk_layernorm": True,

@@ -2,8 +2,8 @@
 
 - sequential residual: x = x + attention(norm(x)); x = x + mlp(norm(x))
 - parallel residual (`gpt_j_residual`, GPT-J): x = x + attention(norm1(x)) + mlp(norm2(x)); `gpt_j_tied` uses one norm
-- the norms before attention and MLP (`pre`), on what they give (`output`: x = x + norm(attention(x))), or both
-  (`sandwich`)
+- the norms before attention and MLP (`pre`), on what they give (`output`: x = x + norm(attention(x))), both
+  (`sandwich`), or on the residual after each addition (`post`: x = norm(x + attention(x)))
 - dropout on both terms, and a factor (`residual_multiplier`)
 - sequence parallelism, KV cache, document masks
 - optionally Transformer Engine's fused norm and MLP, and FP8 autocast
@@ -88,7 +88,7 @@ class TransformerBlock(Block):
             and getattr(self.post_attention_layernorm, "takes_residual", False)
         )
         self.mlp_output_layernorm = spec.norm() if dims.norms_after else None
-        self.shared_norm = dims.shared_norm
+        self.shared_norm, self.norms_sums = dims.shared_norm, dims.norms_sums
         self.mlp: Any = spec.mlp[number](spec, source.of("mlp"))
         self.takes_padding: bool = getattr(self.mlp, "takes_padding", False)
         self.to(spec.dtype)
@@ -120,6 +120,9 @@ class TransformerBlock(Block):
 
     def _sequential(self, hidden: Tensor, cache: KVCache | None, starts: Tensor | None, *of_mlp: Tensor) -> Tensor:
         attended = self.attention(_normed(self.input_layernorm, hidden), cache, starts)
+        if self.norms_sums:
+            hidden = _normed(self.attention_output_layernorm, self.add(hidden, attended))
+            return _normed(self.mlp_output_layernorm, self.add(hidden, self.mlp(hidden, *of_mlp)))
         attended = _normed(self.attention_output_layernorm, attended)
         if self.fused_norm_mlp is not None:
             hidden = self.add(hidden, attended)

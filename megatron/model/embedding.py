@@ -78,6 +78,7 @@ class EmbeddingLayer(nn.Module):
             mark_tied(self.word_embeddings.weight)
         self.position_embeddings: nn.Module | None = None
         self.tokentype_embeddings: TokenTypes | None = None
+        self.embedding_norm: nn.Module | None = None
         self.soft_prompt: SoftPromptEmbedding | None = None
         if not as_output_copy:
             positions = POSITIONS.load(spec.model.pos_emb)
@@ -88,6 +89,8 @@ class EmbeddingLayer(nn.Module):
                 self.tokentype_embeddings = TokenTypes(
                     spec.dims.token_types, spec.dims.hidden_size, source.of("tokentype_embeddings"), blocks.init_fn
                 )
+            if spec.dims.embedding_norm:
+                self.embedding_norm = blocks.norm()
             prompt = soft_prompt(spec.model.soft_prompt_tuning)
             if prompt is not None:
                 self.soft_prompt = SoftPromptEmbedding(prompt, spec.dims.hidden_size, source.of("soft_prompt"))
@@ -119,6 +122,8 @@ class EmbeddingLayer(nn.Module):
             hidden = hidden + self.tokentype_embeddings(types.t()[begin : begin + length])
         if self.multiplier != 1.0:
             hidden = hidden * self.multiplier
+        if self.embedding_norm is not None:
+            hidden = self.embedding_norm(hidden)
         if self.dropout == 0 or not self.training:
             return hidden
         with self.draws():

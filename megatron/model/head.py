@@ -48,16 +48,16 @@ class Identity(nn.Module):
 
 
 class FinalNorm(nn.Module):
-    """Layer L+3: the norm before the output layer."""
+    """Layer L+3: the norm before the output layer, if there is one."""
 
-    def __init__(self, norm: Callable[[], nn.Module], dtype: torch.dtype) -> None:
+    def __init__(self, norm: Callable[[], nn.Module] | None, dtype: torch.dtype) -> None:
         super().__init__()
-        self.norm = norm()
+        self.norm = None if norm is None else norm()
         self.to(dtype)
 
     def forward(self, hidden: Tensor, cache: KVCache | None = None, document_starts: Tensor | None = None) -> Tensor:
         """[s, b, h] -> [s, b, h]."""
-        return self.norm(hidden)
+        return hidden if self.norm is None else self.norm(hidden)
 
 
 class OutputLinear(ColumnParallelLinear):

@@ -128,7 +128,7 @@ def _further_token(spec: ModelSpec, blocks: BlockSpec, index: int) -> LayerSpec:
 
 
 def _final_norm(spec: ModelSpec, blocks: BlockSpec, index: int) -> LayerSpec:
-    given = {"norm": blocks.norm, "dtype": spec.dtype}
+    given = {"norm": None if spec.dims.norms_sums else blocks.norm, "dtype": spec.dtype}
     if spec.dims.encoder_layers:
         return LayerSpec(index, DecoderNorm, {**given, "encoder_rows": blocks.encoder_rows})
     return LayerSpec(index, FinalNorm, given)

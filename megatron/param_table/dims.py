@@ -148,7 +148,9 @@ class ModelDims:
     gpt_j_residual: bool = False
     """Whether attention and MLP are parallel."""
     norm_placement: str = "pre"
-    """Where a block has norms: "pre", "output" or "sandwich"."""
+    """Where a block has norms: "pre", "output", "sandwich" or "post"."""
+    embedding_norm: bool = False
+    """Whether a norm is behind the embeddings."""
     qk_norm: bool = False
     """Whether queries and keys of each head have a norm each."""
     qk_norm_across: bool = False
@@ -224,6 +226,7 @@ class ModelDims:
             tied=not model.no_weight_tying and not getattr(model, "num_classes", None),
             qkv_bias=getattr(model, "add_qkv_bias", None),
             norm_placement=getattr(model, "norm_placement", "pre"),
+            embedding_norm=getattr(model, "embedding_norm", False),
             qk_norm=model.use_qk_layernorm,
             qk_norm_across=getattr(model, "qk_layernorm_across_heads", False),
             output_gate=getattr(model, "attention_output_gate", False),
@@ -332,12 +335,17 @@ class ModelDims:
     @property
     def norms_before(self) -> bool:
         """Whether attention and MLP read the output of a norm."""
-        return self.norm_placement != "output"
+        return self.norm_placement in ("pre", "sandwich")
 
     @property
     def norms_after(self) -> bool:
-        """Whether a norm changes what attention and MLP add to the residual."""
+        """Whether a norm changes what attention and MLP add to the residual, or the sum."""
         return self.norm_placement != "pre"
+
+    @property
+    def norms_sums(self) -> bool:
+        """Whether the norms are on the residual with what was added; then none is behind the last block."""
+        return self.norm_placement == "post"
 
     @property
     def shared_norm(self) -> bool:

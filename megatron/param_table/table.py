@@ -27,11 +27,13 @@ def tensors(dims: ModelDims, padded_vocab_size: int) -> list[TensorShape]:
     if dims.token_types:
         shape = (dims.token_types, dims.hidden_size)
         table.append(TensorShape(0, "tokentype_embeddings.weight", shape, None, "position_embedding"))
+    if dims.embedding_norm:
+        table += norm(dims, 0, "embedding_norm")
     if dims.prompt:
         table.append(prompt_tensor(dims.prompt, dims.hidden_size))
     for block in range(dims.num_layers):
         table += block_tensors(dims, block)
-    table += norm(dims, dims.num_layers + 3, "norm")
+    table += [] if dims.norms_sums else norm(dims, dims.num_layers + 3, "norm")
     if dims.masked_head:
         table += masked_head(dims, padded_vocab_size)
     if dims.classes:

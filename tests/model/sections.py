@@ -59,6 +59,7 @@ def model_section(**changes: object) -> Any:
         "soft_prompt_tuning": None,
         "add_qkv_bias": None,
         "norm_placement": "pre",
+        "embedding_norm": False,
         "qk_layernorm_across_heads": False,
         "layer_types": None,
         "layer_type_options": None,

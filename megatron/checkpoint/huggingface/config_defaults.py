@@ -243,6 +243,16 @@ _MEGATRON_BERT: Settings = {
     "is_decoder": False,
     "add_cross_attention": False,
 }
+_BERT: Settings = {
+    "classifier_dropout": None,
+    **_MEGATRON_BERT,
+    "vocab_size": 30522,
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+}
+_ROBERTA: Settings = {**_BERT, "vocab_size": 50265, "pad_token_id": 1}
 _T5: Settings = {
     "vocab_size": 32128,
     "d_model": 512,
@@ -283,6 +293,8 @@ DEFAULTS: Mapping[str, Settings] = {
     **MIXER_DEFAULTS,
     **EXPERT_DEFAULTS,
     "megatron-bert": _MEGATRON_BERT,
+    "bert": _BERT,
+    "roberta": _ROBERTA,
     "t5": _T5,
 }
 """model_type -> key -> the value of its class."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from megatron.checkpoint.huggingface.bert import BERT, MEGATRON_BERT, ROBERTA
 from megatron.checkpoint.huggingface.cohere2 import COHERE2
 from megatron.checkpoint.huggingface.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from megatron.checkpoint.huggingface.family import ModelFamily, lacking_parts
@@ -17,7 +18,6 @@ from megatron.checkpoint.huggingface.granite import GRANITE
 from megatron.checkpoint.huggingface.llama import LLAMA, MISTRAL, MIXTRAL
 from megatron.checkpoint.huggingface.mamba import MAMBA
 from megatron.checkpoint.huggingface.mamba2 import MAMBA2
-from megatron.checkpoint.huggingface.megatron_bert import MEGATRON_BERT
 from megatron.checkpoint.huggingface.mpt import MPT
 from megatron.checkpoint.huggingface.nemotron_h import NEMOTRON_H
 from megatron.checkpoint.huggingface.olmo import OLMO2, OLMO3
@@ -36,7 +36,22 @@ from megatron.errors import ConfigError, ConfigIssue
 from megatron.registry import BIDIRECTIONAL, CAUSAL, WITHOUT_ATTENTION
 
 EARLIER = (GPT_NEOX, LLAMA, MISTRAL, MIXTRAL, QWEN3, GPT2, OPT, MPT, MAMBA, MEGATRON_BERT, T5)
-LATER = (QWEN2, GEMMA2, GEMMA3, OLMO2, OLMO3, SMOLLM3, PHI3, COHERE2, GRANITE, STARCODER2, NEMOTRON, MAMBA2)
+LATER = (
+    QWEN2,
+    GEMMA2,
+    GEMMA3,
+    OLMO2,
+    OLMO3,
+    SMOLLM3,
+    PHI3,
+    COHERE2,
+    GRANITE,
+    STARCODER2,
+    NEMOTRON,
+    MAMBA2,
+    BERT,
+    ROBERTA,
+)
 WITH_EXPERTS = (QWEN2_MOE, QWEN3_MOE, OLMOE, GLM4_MOE, DEEPSEEK_V2, DEEPSEEK_V3, GPT_OSS, NEMOTRON_H)
 FAMILIES = {family.name: family for family in (*EARLIER, *LATER, *WITH_EXPERTS)}
 """In the order in which they are tried: a model that several can express keeps the family that it had."""

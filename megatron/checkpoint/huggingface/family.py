@@ -23,6 +23,7 @@ from megatron.registry import VANILLA
 Settings = dict[str, Any]
 PARTS: Mapping[str, object] = {
     "norm_placement": "pre",
+    "embedding_norm": False,
     "qk_layernorm_across_heads": False,
     "softmax_scale": None,
     "attn_logit_softcapping": None,
@@ -120,6 +121,8 @@ class ModelFamily:
     """Where config.json names no padding token, their class names that of the public models."""
     prefix: str = ""
     """What their names begin with in a model with a head, which files of the bare model lack."""
+    heads: tuple[str, ...] = ()
+    """What names of heads begin with, of which a model leaves out those that it has not."""
     experts: ExpertsMapping | None = None
     """None where its blocks have none."""
     mixers: Mixers | None = None

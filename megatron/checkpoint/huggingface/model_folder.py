@@ -103,9 +103,12 @@ class Folder:
         family = self.family
         return (family.table if family.table_of is None else family.table_of(self.config))(dims)
 
-    def weights(self, dims: ModelDims) -> FolderWeights:
-        """Its weights under our keys. RunError when it holds tensors that no place of ours takes."""
-        return FolderWeights.of(self, dims)
+    def weights(self, dims: ModelDims, *, new_head: bool = False) -> FolderWeights:
+        """Its weights under our keys. RunError when it holds tensors that no place of ours takes.
+
+        dims: of the model. new_head: the output layer may lack tensors, which begin anew.
+        """
+        return FolderWeights.of(self, dims, new_head=new_head)
 
 
 @dataclass(frozen=True)
@@ -120,8 +123,12 @@ class FolderWeights:
     """Tensor-parallel degree; always 1."""
 
     @staticmethod
-    def of(folder: Folder, dims: ModelDims) -> FolderWeights:
-        """Pairs the table of the family with the tensors that are there."""
+    def of(folder: Folder, dims: ModelDims, *, new_head: bool = False) -> FolderWeights:
+        """Pairs the table of the family with the tensors that are there.
+
+        folder: which has them. dims: of the model. new_head: the output layer may lack tensors.
+        """
+        head = f"{dims.num_layers + 4}." if new_head else None
         named = _named(folder, dims.mtp_layers)
         rows = folder.rows_of(dims)
         _name_tied_embedding(folder, rows, named)
@@ -130,13 +137,14 @@ class FolderWeights:
         taken: set[str] = set()
         for row in rows:
             lacking = [name for name in row.theirs if _old_head(name, named) not in named]
-            lacked += lacking
+            lacked += [] if head is not None and row.ours.startswith(head) else lacking
             if not lacking:
                 spelt = [_old_head(name, named) for name in row.theirs]
                 table[row.ours] = (row, tuple(named[name] for name in spelt))
                 taken |= set(spelt)  # several rows may read one tensor
         RunError.raise_any(_wrapped(lacked, folder) or [_missing(name, folder) for name in lacked])
-        named = {name: source for name, source in named.items() if name not in taken}
+        heads = folder.family.heads
+        named = {name: source for name, source in named.items() if name not in taken and not name.startswith(heads)}
         _compare_rows(folder, table)
         _spare_head(folder, named, table)
         if named:
@@ -165,10 +173,15 @@ def _named(folder: Folder, further: int) -> dict[str, Source]:
     prefix = folder.family.prefix
     bare = not any(name.startswith(prefix) for name in folder.tensors)
     return {
-        prefix + name if bare else name: source
+        _renamed(prefix + name if bare else name): source
         for name, source in folder.tensors.items()
         if not name.endswith(folder.family.spare) and not _is_behind(folder, name, further)
     }
+
+
+def _renamed(name: str) -> str:
+    """Returns today's name of a tensor: norms of the first BERT models have gamma and beta."""
+    return name.replace(".LayerNorm.gamma", ".LayerNorm.weight").replace(".LayerNorm.beta", ".LayerNorm.bias")
 
 
 def _is_behind(folder: Folder, name: str, further: int) -> bool:

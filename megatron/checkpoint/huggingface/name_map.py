@@ -42,8 +42,8 @@ class Names:
     """One matrix, or its plain half and the one that the activation sees."""
     linear2: str
     """Second projection of the MLP."""
-    final_norm: str
-    """Norm behind the last block."""
+    final_norm: str | None
+    """Norm behind the last block, if any."""
     head: str
     """Output layer."""
     positions: str | None = None
@@ -78,7 +78,8 @@ class Names:
         for number in range(dims.num_layers):
             rows += self._block(dims, number, f"{number + 2}.", self.block.format(number))
         last = dims.num_layers + 3
-        rows += [same(f"{last}.norm.{ours}", f"{self.final_norm}.{theirs}") for ours, theirs in self.norm_values]
+        if self.final_norm is not None:
+            rows += [same(f"{last}.norm.{ours}", f"{self.final_norm}.{theirs}") for ours, theirs in self.norm_values]
         if not dims.tied and not dims.classes:
             rows.append(same(f"{last + 1}.final_linear.weight", f"{self.head}.weight"))
         for depth in range(dims.mtp_layers):

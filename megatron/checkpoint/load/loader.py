@@ -207,7 +207,7 @@ def find_checkpoint(
     weights: StoredWeights
     if is_folder(root):
         directory = root
-        weights = Folder.open(root).weights(ModelDims.of(config.model, config.moe, config.mixers))
+        weights = Folder.open(root).weights(ModelDims.of(config.model, config.moe, config.mixers), new_head=gets_head)
     else:
         sharing = one_folder() if config.data.use_shared_fs else by_host()
         found = find.find_intact(

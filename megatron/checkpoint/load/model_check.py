@@ -64,6 +64,7 @@ _MODEL: dict[str, Concerned] = {
     "num_token_types": _always,
     "encoder_num_layers": _always,
     "norm_placement": _always,
+    "embedding_norm": _always,
     "softmax_scale": _attends,
     "softmax_type": _attends,
     "attention_output_gate": _attends,
@@ -110,6 +111,7 @@ _HEADS = frozenset({"lm_head", "bert_binary_head"})
 _LATER = frozenset(
     {
         *("softmax_type", "activation_func_clamp_value", "glu_linear_offset", "norm_placement", "softmax_scale"),
+        "embedding_norm",
         *("scale_embeddings", "embedding_multiplier", "residual_multiplier", "logit_scale"),
         *("attn_logit_softcapping", "final_logit_softcapping", "attention_output_gate"),
     }

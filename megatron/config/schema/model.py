@@ -76,9 +76,11 @@ class ModelSection(Section):
     norm_placement: str = key(
         "pre",
         "Where a block has its norms: pre, before attention and MLP; output, on what these give, before it is added to "
-        "the residual (OLMo 2); sandwich, both (Gemma 2).",
-        choices=("pre", "output", "sandwich"),
+        "the residual (OLMo 2); sandwich, both (Gemma 2); post, on the residual after each addition, none being at the "
+        "end (BERT).",
+        choices=("pre", "output", "sandwich", "post"),
     )
+    embedding_norm: bool = key(False, "Normalise the sum of the embeddings, as BERT does.")
     use_qk_layernorm: bool = key(False, "Normalise queries and keys of each head before their product.")
     qk_layernorm_across_heads: bool = key(
         False, "With use_qk_layernorm: one norm over the features of all heads together, as OLMo 2 has it."

@@ -77,6 +77,8 @@ def _unusable(config: Config) -> Iterator[tuple[str, Any, str]]:
         yield "attention_output_gate", True, "its cross attention has no such gate"
     if model.norm_placement != "pre":
         yield "norm_placement", model.norm_placement, "its three norms are before attention, cross attention and MLP"
+    if model.embedding_norm:
+        yield "embedding_norm", True, "its embeddings have none"
     if model.gpt_j_residual:
         yield "gpt_j_residual", True, "cross attention follows attention, and the MLP both"
     if model.num_token_types:

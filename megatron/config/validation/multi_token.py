@@ -53,6 +53,11 @@ def modules_read_further_tokens(config: Config) -> Iterator[ConfigIssue]:
             last in WITHOUT_ATTENTION | {ATTENTION_ALONE},
             f"a module has a block as the last one, which is a {last}",
         ),
+        "norm_placement": (
+            model.norm_placement == "post",
+            "a module reads the output of the norm behind the last block",
+        ),
+        "embedding_norm": (model.embedding_norm, "a module embeds tokens anew, with a norm of its own"),
         "compile": (config.kernels.compile, "the blocks of modules are not compiled"),
     }
     for key, (applies, why) in reasons.items():

@@ -8,16 +8,29 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import MegatronBertConfig, MegatronBertForMultipleChoice, MegatronBertForSequenceClassification
+from safetensors.torch import load_file, save_file
+from transformers import (
+    BertConfig,
+    BertForMultipleChoice,
+    BertForPreTraining,
+    BertForSequenceClassification,
+    MegatronBertConfig,
+    MegatronBertForMultipleChoice,
+    MegatronBertForSequenceClassification,
+    RobertaConfig,
+    RobertaForMultipleChoice,
+    RobertaForSequenceClassification,
+)
 
 from megatron.checkpoint.huggingface.export_model import export
 from megatron.checkpoint.huggingface.import_model import adopt
 from megatron.checkpoint.huggingface.model_folder import Folder
-from megatron.checkpoint.load.loader import find_checkpoint
+from megatron.checkpoint.load.loader import find_checkpoint, read_weights
 from megatron.checkpoint.load.stored_model import open_model
 from megatron.config import Resources, resolve
 from megatron.data.dataset.batch import MicroBatch
 from megatron.distributed.init import init_distributed
+from megatron.distributed.mesh import Topology
 from megatron.engine.builder import build_training_engine
 from megatron.errors import ConfigError
 from megatron.param_table import ModelDims, tensors
@@ -25,15 +38,23 @@ from tests.model.sections import disturb
 from tests.multi_rank import run_cases
 
 VOCABULARY, LENGTH, LR, ROWS = 96, 16, 1e-3, 6
-KINDS = {"classes": MegatronBertForSequenceClassification, "answers": MegatronBertForMultipleChoice}
-ANSWERS = {"classes": 1, "answers": 3}
-LABELS = {"classes": [0, 2, 1, 1, 0, 2], "answers": [2, 0]}
+KINDS: dict[str, Any] = {
+    "classes": (MegatronBertConfig, MegatronBertForSequenceClassification),
+    "answers": (MegatronBertConfig, MegatronBertForMultipleChoice),
+    "bert classes": (BertConfig, BertForSequenceClassification),
+    "bert answers": (BertConfig, BertForMultipleChoice),
+    "roberta classes": (RobertaConfig, RobertaForSequenceClassification),
+    "roberta answers": (RobertaConfig, RobertaForMultipleChoice),
+}
+ANSWERS = {kind: 3 if kind.endswith("answers") else 1 for kind in KINDS}
+LABELS = {kind: [2, 0] if kind.endswith("answers") else [0, 2, 1, 1, 0, 2] for kind in KINDS}
 NAMES = ["no", "maybe", "yes"]
 
 
 def make(kind: str) -> Any:
     torch.manual_seed(4)
-    config = MegatronBertConfig(
+    settings, model_class = KINDS[kind]
+    config = settings(
         vocab_size=VOCABULARY,
         hidden_size=64,
         num_hidden_layers=2,
@@ -43,15 +64,15 @@ def make(kind: str) -> Any:
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         initializer_range=0.1,
-        **({"id2label": dict(enumerate(NAMES))} if kind == "classes" else {}),
+        **({"id2label": dict(enumerate(NAMES))} if ANSWERS[kind] == 1 else {}),
     )
-    model = KINDS[kind](config).eval()
+    model = model_class(config).eval()
     disturb(model)
     return model
 
 
 def tokens() -> torch.Tensor:
-    return torch.randint(1, VOCABULARY, (ROWS, LENGTH), generator=torch.Generator().manual_seed(6))
+    return torch.randint(2, VOCABULARY, (ROWS, LENGTH), generator=torch.Generator().manual_seed(6))
 
 
 def losses(rank: int, world_size: int, load: Path, settings: dict[str, Any], kind: str) -> list[float]:
@@ -77,7 +98,7 @@ def losses(rank: int, world_size: int, load: Path, settings: dict[str, Any], kin
 
 def expected(theirs: Any, kind: str) -> list[float]:
     optimizer = torch.optim.AdamW(theirs.parameters(), lr=LR, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
-    shape = (ROWS, LENGTH) if kind == "classes" else (-1, ANSWERS[kind], LENGTH)
+    shape = (ROWS, LENGTH) if ANSWERS[kind] == 1 else (-1, ANSWERS[kind], LENGTH)
     found = []
     for _ in range(3):
         loss = theirs(tokens().view(shape), labels=torch.tensor(LABELS[kind])).loss
@@ -90,7 +111,7 @@ def expected(theirs: Any, kind: str) -> list[float]:
 
 def test_there_and_back_changes_no_bit_and_training_is_theirs(tmp_path: Path) -> None:
     cases, targets = {}, {}
-    for kind, made in KINDS.items():
+    for kind, (_, made) in KINDS.items():
         theirs, folder = make(kind), tmp_path / kind
         theirs.save_pretrained(folder / "theirs")
         settings = adopt(Folder.open(folder / "theirs"), folder / "ours").settings
@@ -99,15 +120,16 @@ def test_there_and_back_changes_no_bit_and_training_is_theirs(tmp_path: Path) ->
         back = made.from_pretrained(folder / "back")
         config = json.loads((folder / "back/config.json").read_text())
         assert config["architectures"] == [made.__name__]
-        if kind == "classes":
+        if ANSWERS[kind] == 1:
             assert list(back.config.id2label.values()) == NAMES == settings["task_labels"]
         before, after = theirs.state_dict(), back.state_dict()
         assert before.keys() == after.keys()
         assert [key for key, value in before.items() if not torch.equal(value, after[key])] == []
         targets[kind] = expected(theirs, kind)
         cases[kind] = (losses, folder / "ours", settings, kind)
-    for world_size in (1, 2):
-        for kind, ranks in run_cases(cases, world_size).items():
+    on_two = {kind: case for kind, case in cases.items() if not kind.startswith("roberta")}
+    for world_size, own in ((1, cases), (2, on_two)):
+        for kind, ranks in run_cases(own, world_size).items():
             for found in ranks:
                 assert found == pytest.approx(targets[kind], rel=1e-5), (kind, world_size)
 
@@ -118,3 +140,41 @@ def test_several_labels_at_once_are_refused(tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="problem_type"):
         adopt(Folder.open(tmp_path), tmp_path / "ours")
+
+
+def test_the_first_bert_s_names_and_a_pretrained_folder_are_read(tmp_path: Path) -> None:
+    """Gamma and beta of norms; a head that the model has not is left out, and a classifier's begins anew."""
+    torch.manual_seed(1)
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    theirs = BertForPreTraining(BertConfig(**sizes, intermediate_size=176, max_position_embeddings=32))
+    disturb(theirs)
+    theirs.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    stored = {}
+    for name, value in load_file(file).items():
+        for new, former in old.items():
+            name = name.replace(new, former) if name.endswith(new) else name
+        stored[name] = value
+    save_file(stored, file, {"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["BertForMaskedLM"]}))
+    folder = Folder.open(tmp_path)
+    settings = folder.settings()
+    assert settings["bert_binary_head"] is False
+    masked = resolve([], {**settings, "seq_length": LENGTH, "user_script": "convert_from_hf.py"}, Resources(1)).config
+    weights = folder.weights(ModelDims.of(masked.model))
+    norm = weights.shards("2.attention_output_layernorm.weight")[0]
+    assert torch.equal(norm, theirs.state_dict()["bert.encoder.layer.0.attention.output.LayerNorm.weight"])
+    assert not any("pooler" in key for key in set(weights.keys()))
+
+    keys = {**settings, "train_impl": "classification", "bert_binary_head": None, "task_labels": NAMES}
+    keys |= {"pretrained_checkpoint": str(tmp_path), "load": str(tmp_path), "finetune": True, "seq_length": LENGTH}
+    given = {name: value for name, value in keys.items() if value is not None and name != "pack_impl"}
+    tuned = resolve([], {**given, "user_script": "convert_from_hf.py"}, Resources(1)).config
+    checkpoint = find_checkpoint(tuned, tensors(ModelDims.of(tuned.model), VOCABULARY))
+    assert checkpoint is not None and checkpoint.new_head
+    found = read_weights(checkpoint, Topology.single(), checkpoint.table)
+    assert torch.equal(found["6.pooler.weight"], theirs.state_dict()["bert.pooler.dense.weight"])
+    missing = {f"{shape.layer}.{shape.name}" for shape in checkpoint.table} - found.keys()
+    assert missing == {"6.classifier.weight", "6.classifier.bias"}

@@ -379,4 +379,4 @@ def test_the_family_that_is_meant_reports_what_is_in_the_way() -> None:
     with pytest.raises(ConfigError, match="a Mamba model has 'rmsnorm'"):
         family_for(config.model, config.moe, config.mixers)
     decoders = {each.model_type for each in FAMILIES.values() if not each.encoder and not each.encoder_decoder}
-    assert set(SIZES) == decoders, "every decoder is in the table; others have test_megatron_bert.py and test_t5.py"
+    assert set(SIZES) == decoders, "every decoder is in the table; others have test_bert.py and test_t5.py"

@@ -1,4 +1,4 @@
-"""Megatron's BERT of transformers becomes ours and goes back without changing a bit, and computes the same everywhere.
+"""BERT, RoBERTa and Megatron's BERT of transformers become ours, go back bit by bit, and compute the same everywhere.
 
 Logits of masked tokens and of the order, within 1e-5 in fp32; three steps of training equal those of transformers.
 """
@@ -12,7 +12,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import MegatronBertConfig, MegatronBertForMaskedLM, MegatronBertForPreTraining, PreTrainedModel
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForPreTraining,
+    MegatronBertConfig,
+    MegatronBertForMaskedLM,
+    MegatronBertForPreTraining,
+    PreTrainedModel,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
 
 from megatron.checkpoint.huggingface.export_model import export
 from megatron.checkpoint.huggingface.families import FAMILIES
@@ -30,13 +40,20 @@ from tests.model.sections import disturb
 from tests.multi_rank import run_cases
 
 VOCABULARY, LENGTH, LR = 96, 16, 1e-3
-CLASSES = {"pretraining": MegatronBertForPreTraining, "masked": MegatronBertForMaskedLM}
+CLASSES: dict[str, Any] = {
+    "pretraining": (MegatronBertConfig, MegatronBertForPreTraining),
+    "masked": (MegatronBertConfig, MegatronBertForMaskedLM),
+    "bert pretraining": (BertConfig, BertForPreTraining),
+    "bert masked": (BertConfig, BertForMaskedLM),
+    "roberta masked": (RobertaConfig, RobertaForMaskedLM),
+}
 Answers = tuple[Tensor, list[float]]
 
 
 def make(kind: str) -> PreTrainedModel:
     torch.manual_seed(4)
-    config = MegatronBertConfig(
+    settings, model_class = CLASSES[kind]
+    config = settings(
         vocab_size=VOCABULARY,
         hidden_size=64,
         num_hidden_layers=2,
@@ -47,7 +64,7 @@ def make(kind: str) -> PreTrainedModel:
         attention_probs_dropout_prob=0.0,
         initializer_range=0.1,
     )
-    model = CLASSES[kind](config).eval()
+    model = model_class(config).eval()
     disturb(model)
     return model
 
@@ -57,7 +74,7 @@ def batch() -> dict[str, Tensor]:
     mask = (torch.rand(4, LENGTH, generator=generator) < 0.25).float()
     mask[:, 3] = 1
     return {
-        "tokens": torch.randint(1, VOCABULARY, (4, LENGTH), generator=generator),
+        "tokens": torch.randint(2, VOCABULARY, (4, LENGTH), generator=generator),
         "labels": torch.randint(0, VOCABULARY, (4, LENGTH), generator=generator) * mask.long(),
         "loss_mask": mask,
         "document_starts": torch.zeros(4, LENGTH, dtype=torch.int64),
@@ -101,10 +118,10 @@ def expected(theirs: PreTrainedModel, kind: str) -> Answers:
     given = batch()
     with torch.no_grad():
         output = theirs(given["tokens"])
-    logits = output.prediction_logits if kind == "pretraining" else output.logits
+    logits = output.prediction_logits if kind.endswith("pretraining") else output.logits
     optimizer = torch.optim.AdamW(theirs.parameters(), lr=LR, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     labels = given["labels"].masked_fill(given["loss_mask"] == 0, -100)
-    more = {"next_sentence_label": given["sentence_order"].flatten()} if kind == "pretraining" else {}
+    more = {"next_sentence_label": given["sentence_order"].flatten()} if kind.endswith("pretraining") else {}
     losses = []
     for _ in range(3):
         loss = theirs(given["tokens"], token_type_ids=given["token_types"], labels=labels, **more).loss
@@ -115,15 +132,15 @@ def expected(theirs: PreTrainedModel, kind: str) -> Answers:
     return logits, losses
 
 
-@pytest.mark.parametrize(("kind", "model_size"), [("pretraining", 2), ("masked", 1)])
+@pytest.mark.parametrize(("kind", "model_size"), [*zip(CLASSES, (2, 1, 2, 1, 2), strict=True)])
 def test_there_and_back_changes_no_bit(kind: str, model_size: int, tmp_path: Path) -> None:
     theirs = make(kind)
     theirs.save_pretrained(tmp_path / "theirs")
     adopt(Folder.open(tmp_path / "theirs"), tmp_path / "ours", model_size=model_size)
     made = export(open_model(tmp_path / "ours"), tmp_path / "back")
-    assert made.family == "megatron_bert"
-    back = CLASSES[kind].from_pretrained(tmp_path / "back")
-    assert json.loads((tmp_path / "back" / "config.json").read_text())["architectures"] == [CLASSES[kind].__name__]
+    assert made.family == CLASSES[kind][0].model_type.replace("-", "_")
+    back = CLASSES[kind][1].from_pretrained(tmp_path / "back")
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["architectures"] == [CLASSES[kind][1].__name__]
     before, after = theirs.state_dict(), back.state_dict()
     assert before.keys() == after.keys()
     assert [key for key, value in before.items() if not torch.equal(value, after[key])] == []
@@ -141,7 +158,7 @@ def test_logits_and_training_are_theirs_in_every_layout(tmp_path: Path) -> None:
         cases[1][kind, "folder"] = (answers, tmp_path / kind / "theirs", made.settings, {})
         cases[2][kind, "tensor"] = (answers, tmp_path / kind / "ours", made.settings, {"model_parallel_size": 2})
         layout = {"pipe_parallel_size": 2, "gradient_accumulation_steps": 2}
-        if kind == "masked":  # parts of the batch have other numbers of masked tokens
+        if kind in ("masked", "bert masked"):  # parts of the batch have other numbers of masked tokens
             cases[2][kind, "pipeline"] = (answers, tmp_path / kind / "ours", made.settings, layout)
     for world_size, own in cases.items():
         for (kind, name), ranks in run_cases(own, world_size).items():
