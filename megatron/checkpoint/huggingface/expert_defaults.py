@@ -63,6 +63,27 @@ EXPERT_DEFAULTS: Mapping[str, Settings] = {
         "num_local_experts": 128,
         "attention_bias": False,
     },
+    "qwen3_next": {key: value for key, value in _QWEN.items() if not key.endswith("sliding_window")}
+    | {
+        "intermediate_size": 5632,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "head_dim": 256,
+        "partial_rotary_factor": 0.25,
+        "attention_bias": False,
+        "full_attention_interval": None,  # 4: attention in every fourth block
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "linear_conv_kernel_dim": 4,
+        "moe_intermediate_size": 512,
+        "shared_expert_intermediate_size": 512,
+        "num_experts_per_tok": 10,
+        "num_experts": 512,
+        "norm_topk_prob": True,
+    },
     "olmoe": _ALL
     | {
         "vocab_size": 50304,

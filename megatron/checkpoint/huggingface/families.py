@@ -26,6 +26,7 @@ from megatron.checkpoint.huggingface.opt import OPT
 from megatron.checkpoint.huggingface.phi3 import PHI3
 from megatron.checkpoint.huggingface.plain_decoders import NEMOTRON, STARCODER2
 from megatron.checkpoint.huggingface.qwen import QWEN2, QWEN3
+from megatron.checkpoint.huggingface.qwen3_next import QWEN3_NEXT
 from megatron.checkpoint.huggingface.qwen_moe import QWEN2_MOE, QWEN3_MOE
 from megatron.checkpoint.huggingface.smollm3 import SMOLLM3
 from megatron.checkpoint.huggingface.t5 import T5
@@ -52,7 +53,7 @@ LATER = (
     BERT,
     ROBERTA,
 )
-WITH_EXPERTS = (QWEN2_MOE, QWEN3_MOE, OLMOE, GLM4_MOE, DEEPSEEK_V2, DEEPSEEK_V3, GPT_OSS, NEMOTRON_H)
+WITH_EXPERTS = (QWEN2_MOE, QWEN3_MOE, OLMOE, GLM4_MOE, DEEPSEEK_V2, DEEPSEEK_V3, GPT_OSS, NEMOTRON_H, QWEN3_NEXT)
 FAMILIES = {family.name: family for family in (*EARLIER, *LATER, *WITH_EXPERTS)}
 """In the order in which they are tried: a model that several can express keeps the family that it had."""
 

@@ -117,6 +117,8 @@ class ModelFamily:
     """Of the keys above, those that its configuration can say; `misfits` compares their values."""
     spare_blocks: bool = False
     """Whether files may hold blocks behind the last one, which transformers leaves out."""
+    spare_modules: tuple[str, ...] = ()
+    """Begins of names in files that transformers leaves out, such as those of modules that predict further tokens."""
     class_pads: bool = False
     """Where config.json names no padding token, their class names that of the public models."""
     prefix: str = ""

@@ -175,7 +175,9 @@ def _named(folder: Folder, further: int) -> dict[str, Source]:
     return {
         _renamed(prefix + name if bare else name): source
         for name, source in folder.tensors.items()
-        if not name.endswith(folder.family.spare) and not _is_behind(folder, name, further)
+        if not name.endswith(folder.family.spare)
+        and not name.startswith(folder.family.spare_modules)
+        and not _is_behind(folder, name, further)
     }
 
 

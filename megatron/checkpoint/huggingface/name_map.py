@@ -65,6 +65,9 @@ class Names:
     projections: Callable[[ModelDims, str, str], list[TensorMapping]] | None = None
     """(dimensions, begin of our names, of theirs) -> the rows of queries, keys and values, where these are no joint or
     three projections."""
+    mixer: Callable[[ModelDims, int, str, str], list[TensorMapping] | None] | None = None
+    """(dimensions, number of a block, begin of our names, of theirs) -> the rows of what a block has in place of
+    attention, or None for attention."""
     head_norms: tuple[str, str] | None = None
     """Those of queries and of keys."""
     experts: Callable[[ModelDims, str, str], list[TensorMapping]] | None = None
@@ -95,13 +98,8 @@ class Names:
         return rows + self._block(dims, dims.num_layers - 1, f"{ours}block.", theirs)
 
     def _block(self, dims: ModelDims, number: int, ours: str, theirs: str) -> list[TensorMapping]:
-        rows = self._norms(dims, ours, theirs) + (self.projections(dims, ours, theirs) if self.projections else [])
-        for kind in ("weight", "bias"):
-            if self.projections is None and (kind == "weight" or dims.has_qkv_bias):
-                names = tuple(f"{theirs}{name}.{kind}" for name in self.attention)
-                rows.append(self._projection(dims, f"{ours}attention.query_key_value.{kind}", names))
-            if kind == "weight" or dims.attention_bias:
-                rows.append(self._linear(f"{ours}attention.dense.{kind}", f"{theirs}{self.dense}.{kind}"))
+        mixer = None if self.mixer is None else self.mixer(dims, number, ours, theirs)
+        rows = self._norms(dims, ours, theirs) + (self._attention(dims, ours, theirs) if mixer is None else mixer)
         if self.experts is not None and dims.has_experts(number):
             return rows + self.experts(dims, ours, theirs)
         for kind in ("weight", "bias") if dims.mlp_bias else ("weight",):
@@ -109,6 +107,23 @@ class Names:
             ours_first = f"{ours}mlp.linear1.{kind}"
             rows.append(self._first(ours_first, names))
             rows.append(self._linear(f"{ours}mlp.linear2.{kind}", f"{theirs}{self.linear2}.{kind}"))
+        return rows
+
+    def _attention(self, dims: ModelDims, ours: str, theirs: str) -> list[TensorMapping]:
+        """The norms of heads, and the projections before and after the attention."""
+        rows = []
+        if dims.qk_norm and self.head_norms is not None:
+            for name, other in zip(("q_layernorm", "k_layernorm"), self.head_norms, strict=True):
+                rows += [
+                    same(f"{ours}attention.{name}.{mine}", f"{theirs}{other}.{it}") for mine, it in self.norm_values
+                ]
+        rows += self.projections(dims, ours, theirs) if self.projections else []
+        for kind in ("weight", "bias"):
+            if self.projections is None and (kind == "weight" or dims.has_qkv_bias):
+                names = tuple(f"{theirs}{name}.{kind}" for name in self.attention)
+                rows.append(self._projection(dims, f"{ours}attention.query_key_value.{kind}", names))
+            if kind == "weight" or dims.attention_bias:
+                rows.append(self._linear(f"{ours}attention.dense.{kind}", f"{theirs}{self.dense}.{kind}"))
         return rows
 
     def _norms(self, dims: ModelDims, ours: str, theirs: str) -> list[TensorMapping]:
@@ -129,11 +144,6 @@ class Names:
                 rows.append(_twice(f"{ours}input_layernorm.{value}", both))
                 continue
             rows += [same(f"{ours}{mine}.{value}", f"{theirs}{name}.{other}") for mine, name in names.items() if name]
-        if dims.qk_norm and self.head_norms is not None:
-            for name, other in zip(("q_layernorm", "k_layernorm"), self.head_norms, strict=True):
-                rows += [
-                    same(f"{ours}attention.{name}.{mine}", f"{theirs}{other}.{it}") for mine, it in self.norm_values
-                ]
         return rows
 
     def _projection(self, dims: ModelDims, ours: str, theirs: tuple[str, ...]) -> TensorMapping:

@@ -101,6 +101,13 @@ def _factors(stored: StoredModel, family: ModelFamily, dims: ModelDims, dtype: t
         down, up = (shapes.get(f"{module}.{name}.weight") for name in (DOWN, UP))
         if down is None or up is None:
             continue
+        if row.joined is not None or not row.written:
+            raise ConfigError.of(
+                f"the family {family.name} keeps {module.rpartition('.')[2]} and another matrix of ours as one, whose "
+                "two updates are no single one",
+                key="lora",
+                hint="leave --adapter-only out to convert the whole model",
+            )
         parts = _rows(row, torch.empty(up.shape, device="meta"))
         for part, name in enumerate(row.theirs):
             theirs = f"base_model.model.{name.removesuffix('.weight')}"

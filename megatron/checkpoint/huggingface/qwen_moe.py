@@ -33,8 +33,8 @@ from megatron.config.schema.model import ModelSection
 from megatron.config.schema.moe import MoeSection
 from megatron.errors import ConfigIssue
 
-_SAID = frozenset({"moe_expert_interval", "moe_first_k_dense_replace", "moe_layer_freq", "moe_ffn_hidden_size"})
-_SHARED = "moe_shared_expert_intermediate_size"
+SAID = frozenset({"moe_expert_interval", "moe_first_k_dense_replace", "moe_layer_freq", "moe_ffn_hidden_size"})
+SHARED = "moe_shared_expert_intermediate_size"
 _NONE = {"sliding_window_width": None, "use_bias_in_mlp": False}
 
 
@@ -50,7 +50,7 @@ def _qwen2_config(model: ModelSection, padded_vocab_size: int) -> Settings:
 
 def _qwen2_settings(theirs: Mapping[str, Any]) -> Settings:
     shared = {
-        _SHARED: theirs["shared_expert_intermediate_size"],
+        SHARED: theirs["shared_expert_intermediate_size"],
         "moe_shared_expert_gate": True,
         QKV_BIAS: bool(theirs["qkv_bias"]),
     }
@@ -60,19 +60,22 @@ def _qwen2_settings(theirs: Mapping[str, Any]) -> Settings:
 def _settings(theirs: Mapping[str, Any], experts: str) -> Settings:
     check_config(theirs, {"use_sliding_window": False})
     one_window(theirs, None, [FULL] * theirs["num_hidden_layers"])
-    step, plain = theirs["decoder_sparse_step"], set(theirs["mlp_only_layers"] or ())
-    found = [
-        layer not in plain and step > 0 and (layer + 1) % step == 0 for layer in range(theirs["num_hidden_layers"])
-    ]
     return (
         decoder_settings({**theirs, "mlp_bias": False})
         | router_settings(theirs, experts)
-        | placement(found)
+        | placement(sparse_blocks(theirs))
         | {"moe_ffn_hidden_size": theirs["moe_intermediate_size"]}
     )
 
 
-def _experts_config(model: ModelSection, moe: MoeSection) -> Settings:
+def sparse_blocks(theirs: Mapping[str, Any]) -> list[bool]:
+    """Returns which blocks have experts."""
+    step, plain = theirs["decoder_sparse_step"], set(theirs["mlp_only_layers"] or ())
+    return [layer not in plain and step > 0 and (layer + 1) % step == 0 for layer in range(theirs["num_hidden_layers"])]
+
+
+def sparse_config(model: ModelSection, moe: MoeSection) -> Settings:
+    """Returns what config.json says of the router, and of the blocks that have experts."""
     return router_config(moe) | {
         "moe_intermediate_size": expert_width(model, moe),
         "decoder_sparse_step": 1,
@@ -81,14 +84,14 @@ def _experts_config(model: ModelSection, moe: MoeSection) -> Settings:
 
 
 def _qwen2_expert_misfits(model: ModelSection, moe: MoeSection) -> list[ConfigIssue]:
-    errors = expert_misfits(moe, "Qwen2-MoE", _SAID | {_SHARED}, moe_shared_expert_gate=True)
+    errors = expert_misfits(moe, "Qwen2-MoE", SAID | {SHARED}, moe_shared_expert_gate=True)
     if moe.moe_shared_expert_intermediate_size is None:
-        errors.append(ConfigIssue("a Qwen2-MoE model has shared experts", key=_SHARED))
+        errors.append(ConfigIssue("a Qwen2-MoE model has shared experts", key=SHARED))
     return errors
 
 
 def _qwen2_experts_config(model: ModelSection, moe: MoeSection) -> Settings:
-    return _experts_config(model, moe) | {
+    return sparse_config(model, moe) | {
         "num_experts": moe.moe_num_experts,
         "shared_expert_intermediate_size": moe.moe_shared_expert_intermediate_size,
     }
@@ -123,7 +126,7 @@ def _qwen3_settings(theirs: Mapping[str, Any]) -> Settings:
 
 
 def _qwen3_experts_config(model: ModelSection, moe: MoeSection) -> Settings:
-    return _experts_config(model, moe) | {"num_experts": moe.moe_num_experts}
+    return sparse_config(model, moe) | {"num_experts": moe.moe_num_experts}
 
 
 QWEN3_MOE = ModelFamily(
@@ -136,5 +139,5 @@ QWEN3_MOE = ModelFamily(
     table=replace(NAMES, head_norms=HEAD_NORMS, experts=expert_rows()).table,
     spare=(".rotary_emb.inv_freq",),
     prefix="model.",
-    experts=ExpertsMapping(lambda model, moe: expert_misfits(moe, "Qwen3-MoE", _SAID), _qwen3_experts_config),
+    experts=ExpertsMapping(lambda model, moe: expert_misfits(moe, "Qwen3-MoE", SAID), _qwen3_experts_config),
 )

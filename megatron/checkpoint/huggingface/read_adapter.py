@@ -84,7 +84,7 @@ def read_adapter(path: Path, folder: Folder, dims: ModelDims) -> PeftAdapter:
     modules = {
         module: _updates_of(row, named, settings)
         for module, row in table.items()
-        if module.partition(".")[2] in TARGETS.values()
+        if module.partition(".")[2] in TARGETS.values() and row.joined is None and row.written
     }
     saved = _saved(folder, dims, named)
     if named:

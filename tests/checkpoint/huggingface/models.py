@@ -63,6 +63,8 @@ from transformers import (
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
     SmolLM3Config,
     SmolLM3ForCausalLM,
     Starcoder2Config,
@@ -211,6 +213,20 @@ _NEMOTRON_H = {
     "moe_shared_expert_intermediate_size": 40,
     "pad_token_id": None,
 }
+_NEXT = {
+    **_NEW,
+    "rms_norm_eps": 1e-3,  # with less the norm of heads magnifies rounding
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 40,
+    "head_dim": 24,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 12,
+    "linear_value_head_dim": 16,
+    "rope_parameters": {"partial_rotary_factor": 0.25, **_PLAIN},
+}
 MIXTURES: dict[str, Callable[[], PreTrainedModel]] = {
     "qwen2_moe": lambda: Qwen2MoeForCausalLM(
         Qwen2MoeConfig(
@@ -231,6 +247,16 @@ MIXTURES: dict[str, Callable[[], PreTrainedModel]] = {
             norm_topk_prob=True,
             mlp_only_layers=[0],
             head_dim=24,
+        )
+    ),
+    "qwen3_next": lambda: Qwen3NextForCausalLM(Qwen3NextConfig(**_NEXT)),
+    "qwen3_next, biases, dense blocks, one kind": lambda: Qwen3NextForCausalLM(
+        Qwen3NextConfig(
+            **{**_NEXT, "num_hidden_layers": 2, "linear_num_value_heads": 2},
+            layer_types=["linear_attention", "full_attention"],
+            attention_bias=True,
+            mlp_only_layers=[0],
+            norm_topk_prob=False,
         )
     ),
     "olmoe": lambda: OlmoeForCausalLM(OlmoeConfig(**_NEW, num_experts=8, num_experts_per_tok=3)),
@@ -344,8 +370,10 @@ def make(name: str) -> PreTrainedModel:
     model = MODELS[name]().eval()
     generator = torch.Generator().manual_seed(6)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for called, parameter in model.named_parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+            if called.endswith("linear_attn.A_log"):  # slow decays, so that states reach over the whole text
+                parameter.sub_(3.0)
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.add_(torch.randn(buffer.shape, generator=generator) * 0.1)

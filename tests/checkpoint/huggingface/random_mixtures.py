@@ -42,6 +42,20 @@ def qwen3_moe(chance: random.Random, llama: Settings) -> Settings:
     return found | sparse(chance, found["num_hidden_layers"])
 
 
+def qwen3_next(chance: random.Random, llama: Settings) -> Settings:
+    found = experts(chance, llama, "num_experts", shared_expert_intermediate_size=chance.choice([8, 24]))
+    layers, heads = found["num_hidden_layers"], chance.choice([1, 2])
+    found |= {"linear_num_key_heads": heads, "linear_num_value_heads": heads * chance.choice([1, 3])}
+    found |= {"linear_key_head_dim": chance.choice([8, 12]), "linear_value_head_dim": chance.choice([8, 16])}
+    found |= {"linear_conv_kernel_dim": chance.choice([2, 4]), "hidden_act": rarely(chance, "gelu", "silu")}
+    if chance.random() < 0.5:
+        kinds = ["linear_attention", rarely(chance, "sliding_attention", "full_attention")]
+        found["layer_types"] = [chance.choice(kinds) for _ in range(layers)]
+    elif chance.random() < 0.5:
+        found["full_attention_interval"] = chance.choice([1, 2])
+    return {**found, **sparse(chance, layers), "use_sliding_window": False}
+
+
 def olmoe(chance: random.Random, llama: Settings) -> Settings:
     found = experts(chance, llama, "num_experts")
     del found["moe_intermediate_size"]
@@ -103,6 +117,7 @@ def gpt_oss(chance: random.Random, llama: Settings) -> Settings:
 MIXTURES: dict[str, Callable[[random.Random, Settings], Settings]] = {
     "qwen2_moe": qwen2_moe,
     "qwen3_moe": qwen3_moe,
+    "qwen3_next": qwen3_next,
     "olmoe": olmoe,
     "glm4_moe": glm4_moe,
     "deepseek_v2": deepseek_v2,

@@ -58,9 +58,19 @@ def test_blocks_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None
     assert Folder.open(folder).weights(dims_of(settings)).keys() == keys
 
 
+def test_modules_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None:
+    """As the public Qwen3-Next folders have one beside the blocks."""
+    folder, settings = settings_of("qwen3_next", tmp_path)
+    keys = set(Folder.open(folder).weights(dims_of(settings)).keys())
+    stored = load_file(folder / "model.safetensors")
+    stored |= {"mtp.fc.weight": torch.ones(64, 128), "mtp.layers.0.self_attn.q_proj.weight": torch.ones(192, 64)}
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    assert Folder.open(folder).weights(dims_of(settings)).keys() == keys
+
+
 def dims_of(settings: dict[str, Any]) -> ModelDims:
     config = resolve([], {**settings, "seq_length": LENGTH, "user_script": "generate.py"}, Resources(1)).config
-    return ModelDims.of(config.model, config.moe)
+    return ModelDims.of(config.model, config.moe, config.mixers)
 
 
 @pytest.mark.parametrize(
@@ -69,6 +79,13 @@ def dims_of(settings: dict[str, Any]) -> ModelDims:
         ("olmoe", "clip_qkv", 8.0, "clip_qkv = 8.0: only None can be taken over"),
         ("qwen3_moe", "use_sliding_window", True, "use_sliding_window = True: only False can be taken over"),
         ("qwen3_moe", "mlp_only_layers", [0, 1, 2, 3], "no block has experts, so this is a dense model"),
+        ("qwen3_next", "hidden_act", "gelu", "hidden_act = 'gelu': only 'silu' can be taken over"),
+        (
+            "qwen3_next",
+            "layer_types",
+            ["full_attention"] * 3,
+            "only one of full_attention and linear_attention for each",
+        ),
         ("qwen2_moe", "num_experts", 1, "one expert is a plain MLP, and none is a dense model"),
         ("deepseek_v3", "rms_norm_eps", 1e-5, "the norms of latents have 1e-06"),
         ("deepseek_v3", "scoring_func", "softmax", "scoring_func = 'softmax': only 'sigmoid' can be taken over"),

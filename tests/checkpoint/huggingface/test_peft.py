@@ -115,7 +115,9 @@ def trained(rank: int, world_size: int, cases: list[Case], layout: dict[str, int
     for case in cases:
         config = case.config(world_size, **layout)
         topology = topology or init_topology(config)
-        checkpoint = find_checkpoint(config, tensors(ModelDims.of(config.model, config.moe), case.padded))
+        checkpoint = find_checkpoint(
+            config, tensors(ModelDims.of(config.model, config.moe, config.mixers), case.padded)
+        )
         sizes = {"padded_vocab_size": case.padded, "vocab_size": VOCABULARY + case.new}
         engine = build_training_engine(config, topology, **sizes, checkpoint=checkpoint)
         saver = Saver(config, engine, padded_vocab_size=case.padded)
@@ -182,7 +184,8 @@ SAVED = [*EXPORTS, "neox", "llama, wide heads, tied", "gpt2, untied, exact gelu"
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Case, Found]]:
     folder = tmp_path_factory.mktemp("alone")
-    cases = {**ALONE, "mixtral": ("mixtral", {"lora": {"rank": 4, "targets": ["query_key_value", "dense"]}})}
+    attention = {"lora": {"rank": 4, "targets": ["query_key_value", "dense"]}}
+    cases = {**ALONE, **{name: (name, attention) for name in ("mixtral", "qwen3_next")}}
     return train([Case(name, added, folder / reported) for reported, (name, added) in cases.items()], 1)
 
 
@@ -265,6 +268,18 @@ def test_mixtral_takes_updates_of_its_attention(alone: dict[str, tuple[Case, Fou
     case, (_, _, logits) = alone["mixtral"]
     with torch.no_grad():
         said = with_adapter(case, STEPS)(input_ids=tokens()).logits
+    torch.testing.assert_close(said, logits, rtol=1e-5, atol=1e-5)
+
+
+def test_queries_beside_gates_are_updated_by_a_merge(alone: dict[str, tuple[Case, Found]], tmp_path: Path) -> None:
+    """Qwen3-Next has queries and output gates in one matrix, so that an update of ours is none of peft's."""
+    case, (_, _, logits) = alone["qwen3_next"]
+    stored = open_model(case.folder / "ours")
+    with pytest.raises(ConfigError, match="qwen3_next keeps query_key_value and another matrix of ours as one"):
+        export_adapter(stored, tmp_path / "adapter")
+    export(stored, tmp_path / "whole")
+    with torch.no_grad():
+        said = AutoModelForCausalLM.from_pretrained(tmp_path / "whole").eval()(tokens()).logits
     torch.testing.assert_close(said, logits, rtol=1e-5, atol=1e-5)
 
 
