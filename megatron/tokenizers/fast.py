@@ -29,7 +29,7 @@ from megatron.errors import ConfigError
 from megatron.tokenizers.base import DELICATE, as_array, bytes_of_piece
 from megatron.tokenizers.byte_level import ByteLevelEngine, byte_alphabet, make_engine
 from megatron.tokenizers.llama_class import as_read, rebuild
-from megatron.tokenizers.spelt_tokens import special_ids, without_special_tokens
+from megatron.tokenizers.spelt_tokens import fallback_bytes, special_ids, with_bytes_as_text, without_special_tokens
 from megatron.tokenizers.tokenizer_config import Beside
 
 
@@ -79,7 +79,9 @@ class FromTokenizers:
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         # Ids may have gaps, and every id needs a row in the embedding.
         self.vocab_size: int = max(len(vocabulary), max(vocabulary.values()) + 1)
-        self.lossless: bool = tokenizer.decode(self.encode(DELICATE), skip_special_tokens=True) == DELICATE
+        self._bytes = fallback_bytes(tokenizer)
+        speller = with_bytes_as_text(tokenizer)
+        self.lossless: bool = speller.decode(self.encode(DELICATE), skip_special_tokens=True) == DELICATE
 
     @cached_property
     def _plain(self) -> FastTokenizer:
@@ -88,10 +90,10 @@ class FromTokenizers:
 
     @cached_property
     def _never_spelt(self) -> Mapping[str, int]:
-        """The special tokens, without those that the file lists as ordinary ones."""
+        """The special tokens, and bytes that the file calls special, without those that it lists as ordinary ones."""
         added = self._tokenizer.get_added_tokens_decoder().values()
         ordinary = {token.content for token in added if not token.special}
-        return {text: number for text, number in self.special_tokens.items() if text not in ordinary}
+        return {text: number for text, number in self._called_special.items() if text not in ordinary}
 
     @cached_property
     def _spelt(self) -> Mapping[int, list[int]]:
@@ -125,7 +127,15 @@ class FromTokenizers:
 
     @cached_property
     def special_tokens(self) -> Mapping[str, int]:
-        """The text of each special token and its id: those of the file and those that tokenizer_config.json names."""
+        """The text of each special token and its id: those of the file and those that tokenizer_config.json names.
+
+        Bytes that the model falls back to are text, also where the file calls them special.
+        """
+        spelling = self._bytes - {self.eod}
+        return {text: number for text, number in self._called_special.items() if number not in spelling}
+
+    @cached_property
+    def _called_special(self) -> Mapping[str, int]:
         added = self._tokenizer.get_added_tokens_decoder()
         found = {token.content: number for number, token in sorted(added.items()) if token.special}
         named = {text: self._tokenizer.token_to_id(text) for text in self._beside.special}
@@ -161,7 +171,7 @@ class FromTokenizers:
             flags = {name: getattr(self._own, name) for name in ("lstrip", "rstrip", "single_word", "normalized")}
             reader.add_special_tokens([AddedToken(self._own.content, special=True, **flags)])
         known = {token.content for token in reader.get_added_tokens_decoder().values()}
-        reader.add_special_tokens([AddedToken(text) for text in self.special_tokens if text not in known])
+        reader.add_special_tokens([AddedToken(text) for text in self._called_special if text not in known])
         reader.encode_special_tokens = self._beside.splits_special
         return reader
 
@@ -196,13 +206,17 @@ class FromTokenizers:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids, without special tokens."""
-        reader = self._tokenizer if self._beside.blank is None else self._reader
-        text: str = reader.decode(list(ids), skip_special_tokens=True)
+        text: str = self._speller.decode(list(ids), skip_special_tokens=True)
         return text
+
+    @cached_property
+    def _speller(self) -> FastTokenizer:
+        return with_bytes_as_text(self._tokenizer if self._beside.blank is None else self._reader)
 
     def bytes_of(self, token: int) -> bytes | None:
         """The bytes of a byte-level token, or of a piece that spells a byte; None of others."""
-        piece = None if token in self._added else self._tokenizer.id_to_token(token)
+        written = token not in self._added or token in self._bytes
+        piece = self._tokenizer.id_to_token(token) if written else None
         if piece is None:
             return None
         if '"ByteLevel"' not in self._decoder:
