@@ -14,6 +14,8 @@ from contextlib import suppress
 from typing import Any, TextIO
 
 _CHUNK = 1 << 16
+_RAISES = ("strict", "surrogateescape")
+"""What Python does about characters that an encoding lacks, and what it does in the C locale: both raise."""
 
 
 class _LossyFile(io.FileIO):
@@ -47,6 +49,16 @@ def ignore_lost_output() -> None:
     sys.stderr = _lossy(sys.stderr, sys.__stderr__)
 
 
+def escape_characters() -> None:
+    """Lets sys.stdout and sys.stderr write characters that their encoding lacks as escapes.
+
+    For programs that end with their output; `ignore_lost_output` does it too.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in _RAISES:
+            stream.reconfigure(errors="backslashreplace")
+
+
 def copy_output(source: int, target: int) -> None:
     """Copies bytes from one descriptor to another until the source ends; drops those that cannot be written."""
     with _LossyFile(target, "w", closefd=False) as file:
@@ -64,7 +76,7 @@ def _lossy(stream: Any, original: TextIO | None) -> Any:
     return io.TextIOWrapper(
         file if stream.write_through else io.BufferedWriter(file),  # type: ignore[type-var]  # as python -u does
         encoding=stream.encoding,
-        errors="backslashreplace" if stream.errors == "strict" else stream.errors,
+        errors="backslashreplace" if stream.errors in _RAISES else stream.errors,
         line_buffering=stream.line_buffering,
         write_through=stream.write_through,
     )

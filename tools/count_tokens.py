@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from megatron.data.indexed.merge import find_pairs
 from megatron.data.indexed.reader import IndexedDataset
 from megatron.errors import ConfigError, RunError
+from megatron.output_streams import escape_characters
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -41,4 +42,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    escape_characters()
     sys.exit(main())

@@ -23,6 +23,7 @@ from megatron.checkpoint.format.optimizer_shards import OptimizerState
 from megatron.checkpoint.format.weight_shards import key_of
 from megatron.checkpoint.load.stored_model import StoredModel, choose, open_model
 from megatron.errors import ConfigError, RunError
+from megatron.output_streams import escape_characters
 
 
 def parser() -> argparse.ArgumentParser:
@@ -135,4 +136,5 @@ def _state(stored: StoredModel) -> OptimizerState | None:
 
 
 if __name__ == "__main__":
+    escape_characters()
     sys.exit(main())

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron.data.indexed.merge import find_pairs, merge
 from megatron.errors import ConfigError, RunError
+from megatron.output_streams import escape_characters
 
 
 def parser() -> argparse.ArgumentParser:
@@ -42,4 +43,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    escape_characters()
     sys.exit(main())

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron.errors import ConfigError, ConfigIssue
 from megatron.metrics import read_metrics
+from megatron.output_streams import escape_characters
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -200,4 +201,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    escape_characters()
     sys.exit(main())

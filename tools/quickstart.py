@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron.errors import ConfigError, RunError
 from megatron.launcher.hosts import local_devices
+from megatron.output_streams import escape_characters
 from tools.stages import Stage, Stamps, run_stages
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -205,4 +206,5 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    escape_characters()
     sys.exit(main(sys.argv[1:]))

@@ -35,7 +35,7 @@ from megatron.launcher.run_directory import (
 from megatron.launcher.ssh_check import check_hosts, check_launcher, node_number, own_address
 from megatron.launcher.supervisor import Network, Outcome, Supervisor, print_outcome, terminal_environment
 from megatron.launcher.worker_config import config_argument
-from megatron.output_streams import ignore_lost_output, open_missing_output
+from megatron.output_streams import escape_characters, ignore_lost_output, open_missing_output
 from megatron.plan.base_shapes import check_base_shapes, write_base_shapes
 from megatron.plan.kernel_choices import kernel_issues
 
@@ -43,6 +43,7 @@ from megatron.plan.kernel_choices import kernel_issues
 def main(arguments: Sequence[str]) -> int:
     """Runs one command line of deepy.py and returns its exit code."""
     open_missing_output()
+    escape_characters()
     try:
         return _run(arguments)
     except (ConfigError, RunError) as error:

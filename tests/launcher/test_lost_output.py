@@ -156,7 +156,7 @@ def printing(what: str, redirected: str = "", **variables: str) -> subprocess.Co
     """A program with a run's output streams that prints something, in a shell with that redirection."""
     code = (
         "import sys; from megatron.output_streams import ignore_lost_output, open_missing_output;"
-        f"open_missing_output(); ignore_lost_output(); print({what!r}); print(sys.stdout.isatty(), file=sys.stderr)"
+        f"open_missing_output(); ignore_lost_output(); print({what!a}); print(sys.stdout.isatty(), file=sys.stderr)"
     )
     command = ["sh", "-c", f'exec "$0" -c "$1" {redirected}', sys.executable, code]
     return subprocess.run(command, env={**os.environ, **variables}, capture_output=True, check=False)
@@ -166,6 +166,10 @@ def test_characters_that_the_output_cannot_have_are_escaped() -> None:
     found = printing("a → é", PYTHONIOENCODING="latin-1")
     assert (found.returncode, found.stdout) == (0, b"a \\u2192 \xe9\n")
     assert printing("a → é", PYTHONIOENCODING="utf-8").stdout == "a → é\n".encode()
+    locale = {"LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    found = printing("a → é", **locale, PYTHONIOENCODING="")
+    assert (found.returncode, found.stdout) == (0, b"a \\u2192 \\xe9\n")
+    assert printing("a → é", PYTHONIOENCODING="ascii:replace").stdout == b"a ? ?\n", "what the user asks for stays"
 
 
 @pytest.mark.parametrize(("redirected", "error"), [(">&-", b"False\n"), (">&- 2>&-", b""), ("2>&-", b"")])

@@ -1,0 +1,41 @@
+"""Programs that print texts where the output cannot have all characters: escapes, and no UnicodeEncodeError."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron.data.indexed.writer import DatasetWriter
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_every_tool_escapes_characters_that_its_output_lacks() -> None:
+    programs = [path for path in (ROOT / "tools").glob("*.py") if "__main__" in path.read_text(encoding="utf-8")]
+    prepared = re.compile(r"^    (?:escape_characters\(\)|sys\.exit\(worker_main\(|.*backslashreplace)", re.MULTILINE)
+    assert len(programs) > 20
+    assert [path.name for path in programs if not prepared.search(path.read_text(encoding="utf-8"))] == []
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}],
+    ids=["ascii", "C locale"],
+)
+def test_a_document_is_printed_with_escapes(variables: dict[str, str], tmp_path: Path) -> None:
+    with DatasetWriter(tmp_path / "made", np.dtype(np.uint16)) as writer:
+        writer.add_document(list("aé".encode()))
+    shown = ("--tokenizer-type", "CharLevelTokenizer", "--document", "0")
+    found = subprocess.run(
+        [sys.executable, ROOT / "tools" / "inspect_dataset.py", tmp_path / "made", *shown],
+        env={**os.environ, "PYTHONIOENCODING": "", **variables},
+        capture_output=True,
+        check=False,
+    )
+    assert (found.returncode, found.stdout.splitlines()[-1]) == (0, b"a\\xe9"), found.stderr
