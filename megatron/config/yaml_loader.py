@@ -12,6 +12,7 @@ import difflib
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,11 +82,11 @@ def normalize_key(name: str) -> str:
 
 
 def read_value(text: str) -> Any:
-    """Parses a command line value as YAML; text that is not YAML is returned verbatim."""
-    try:
-        return yaml.load(text, Loader=YamlLoader)  # noqa: S506 (Loader is a safe loader)
-    except yaml.YAMLError:
-        return text
+    """Parses a command line value as YAML, or JSON; text that is neither is returned verbatim."""
+    for written in (text, _JSON_PARTS.sub(lambda found: _yaml_string(found[0]), text)):
+        with suppress(yaml.YAMLError):
+            return yaml.load(written, Loader=YamlLoader)  # noqa: S506 (Loader is a safe loader)
+    return text
 
 
 def merge(files: Sequence[str | os.PathLike[str]], flags: Mapping[str, Any] | None = None) -> MergedConfig:
@@ -144,7 +145,7 @@ def _read_file(path: Path, merged: MergedConfig) -> None:
         return
     merged.texts[_unique_name(path.name, merged.texts)] = text
     if path.suffix == ".json":
-        text = _strip_json_comments(text)
+        text = _json_as_yaml(text)
     try:
         _read_text(text, str(path), merged)
     except yaml.YAMLError as error:
@@ -159,9 +160,29 @@ _JSON_PARTS = re.compile(r'"(?:\\.|[^"\\\n])*"|\'[^\'\n]*\'|/\*.*?\*/|//[^\n]*|#
 """Strings, and what is no JSON outside of strings: comments and tabs."""
 
 
-def _strip_json_comments(text: str) -> str:
-    """Replaces comments, and tabs between values, by blanks. Line numbers do not change."""
-    return _JSON_PARTS.sub(lambda found: found[0] if found[0][0] in "\"'" else re.sub(r"[^\n]", " ", found[0]), text)
+_NO_ASCII = re.compile(r"\\u([dD][89abAB][0-9a-fA-F]{2})\\u([dD][c-fC-F][0-9a-fA-F]{2})|\\.|[^\x00-\x7e]", re.DOTALL)
+"""In a string of JSON: a character in two escapes, any other escape, and characters outside of ASCII."""
+
+
+def _json_as_yaml(text: str) -> str:
+    """Replaces comments, and tabs between values, by blanks, and writes strings as YAML does. Lines stay lines."""
+    return _JSON_PARTS.sub(_json_part, text)
+
+
+def _json_part(found: re.Match[str]) -> str:
+    return _yaml_string(found[0]) if found[0][0] in "\"'" else re.sub(r"[^\n]", " ", found[0])
+
+
+def _yaml_string(part: str) -> str:
+    return _NO_ASCII.sub(_yaml_escape, part) if part[0] == '"' else part
+
+
+def _yaml_escape(found: re.Match[str]) -> str:
+    """Returns one escape a character: YAML knows no surrogates, and takes some characters for ends of lines."""
+    high, low = found.groups()
+    if high is not None:
+        return f"\\U{0x10000 + ((int(high, 16) - 0xD800) << 10) + int(low, 16) - 0xDC00:08x}"
+    return found[0] if found[0][0] == "\\" else f"\\U{ord(found[0]):08x}"
 
 
 def _unique_name(name: str, taken: Mapping[str, str]) -> str:
@@ -180,6 +201,11 @@ def _syntax_issue(error: yaml.YAMLError, path: Path, text: str) -> ConfigIssue:
     problem = getattr(error, "problem", None) or str(error).splitlines()[0]
     what = f"this is not {'JSON' if path.suffix == '.json' else 'YAML'}: {problem}"
     hint = "correct the line, or the one before it"
+    if path.suffix == ".json" and "Unicode character" in problem:
+        what, hint = (
+            "this is not text: an escape is half of a character, without the other half",
+            "write the character itself",
+        )
     for number, written in enumerate(text.splitlines()[:line], 1):
         if re.match(r" *\t", written) and number == line:
             what, hint = "there is a tab at the start of the line", "YAML takes spaces there"

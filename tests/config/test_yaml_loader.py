@@ -1,5 +1,6 @@
 """Files and flags become one mapping, and every value knows where it stands."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -155,6 +156,40 @@ def test_comments_and_tabs_of_json_are_blanks_outside_of_strings(tmp_path: Path)
         "seed": (7, f"{path}:4"),
         "lr_decay_style": ("a // b", f"{path}:5"),
     }
+
+
+@pytest.mark.parametrize("escaped", [True, False])
+def test_strings_of_json_are_what_json_says(escaped: bool, tmp_path: Path) -> None:
+    """Characters in two escapes, and those that YAML takes for ends of lines or not for text."""
+    values = {
+        "stop": [
+            "🙂",
+            "x\U0010fffdy",
+            "a\u2028b\u2029c\x85d",
+            "\x7f\x00\x1f\ufeff\ufffe",
+            "\\ud83d\\ude42",
+            "\\\\",
+            'é/"//#',
+        ],
+        "a🙂": {"𝄞": "\r\n\t "},
+    }
+    text = json.dumps(values, ensure_ascii=escaped).replace("\\\\", "\\u005c").replace("/", "\\/")
+    assert json.loads(text) == values
+    for written in (text, json.dumps(values, ensure_ascii=escaped, indent="\t")):
+        merged = merge([write(tmp_path, "a.json", written)])
+        assert merged.issues == []
+        assert {name: given.value for name, given in merged.values.items()} == json.loads(written)
+    assert read_value(r'["\ud83d\ude42", "\ud83d\\ude42"]') == r'["\ud83d\ude42", "\ud83d\\ude42"]', "half of one"
+    assert read_value(r'{"stop": ["\ud83d\ude42", "\\ud83d"]}') == {"stop": ["🙂", r"\ud83d"]}
+
+
+@pytest.mark.parametrize("half", [r"\ud83d", r"\ude42", r"\ud83d\ud83d", r"\ude42\ud83d"])
+def test_half_of_a_character_is_an_issue(half: str, tmp_path: Path) -> None:
+    path = write(tmp_path, "a.json", '{"seed": 1, // one\n "stop": ["x' + half + '"]}')
+    assert [str(issue) for issue in merge([path]).issues] == [
+        f"{path}:2: this is not text: an escape is half of a character, without the other half; "
+        "write the character itself"
+    ]
 
 
 def test_a_merge_key_brings_what_the_file_does_not_say(tmp_path: Path) -> None:
