@@ -1,6 +1,6 @@
 # Two stages: the first compiles and installs into /opt/venv, the second runs it as a user without privileges.
 #   docker build -t neox .
-#   docker run --rm -it neox make quickstart
+#   docker run --rm -it --shm-size=1g neox make quickstart
 # For NVIDIA GPUs, give a CUDA development image (DeepSpeed compiles kernels with nvcc):
 #   docker build -t neox --build-arg BASE=nvidia/cuda:12.8.1-devel-ubuntu24.04 .
 ARG BASE=debian:trixie-slim

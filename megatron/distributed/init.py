@@ -22,8 +22,11 @@ from megatron.distributed.op_build import build_lock
 from megatron.distributed.process_group import any_rank, barrier
 from megatron.distributed.timeouts import record_collectives, set_collective_timeout
 from megatron.errors import ConfigError, RunError
+from megatron.log import get_logger
 from megatron.ranks import Ranks, free_port
-from megatron.shared_memory import remove_segment, segment
+from megatron.shared_memory import SEGMENT_BYTES, free_memory, remove_segment, reserve_segment, segment
+
+log = get_logger(__name__)
 
 ACCELERATOR = "DS_ACCELERATOR"
 """The environment variable that says what ranks run on: cuda or cpu."""
@@ -138,17 +141,45 @@ def _init_process_group(backend: str, ranks: Ranks, timeout_seconds: float) -> N
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if ranks.world_size == 1:
         os.environ.setdefault("MASTER_PORT", str(free_port()))
+    timeout = timedelta(seconds=timeout_seconds)
     try:
+        if not torch.cuda.is_available() and not dist.is_initialized():
+            dist.init_process_group(backend, timeout=timeout)
+            _reserve_segments(ranks)
         with contextlib.redirect_stdout(sys.stderr):  # it reports the op on stdout, which belongs to the run's output
-            deepspeed.init_distributed(
-                backend, auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout_seconds)
-            )
+            deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
     except dist.DistNetworkError as error:
         raise RunError.of(
             f"the ranks cannot meet at {os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}: {error}",
             location=f"rank {ranks.rank}",
             hint="see that MASTER_ADDR is rank 0's host, and set MASTER_PORT to a port that is free there",
         ) from error
+
+
+def _reserve_segments(ranks: Ranks) -> None:
+    """Reserves this rank's shared memory; where a rank has none, DeepSpeed does without on all. Collective.
+
+    Nothing that is trained or generated here calls the collectives that it is for: those of torch compute the same.
+    """
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    compatible = builder is not None and deepspeed.ops.__compatible_ops__.get(builder.NAME, False)
+    # DeepSpeed makes segments where this variable says that all ranks are on one host.
+    used = compatible and os.environ.get("LOCAL_SIZE") == str(ranks.world_size)
+    if not any_rank(used and not reserve_segment(os.environ, ranks.rank)):
+        return
+    remove_segment(os.environ, ranks.rank)
+    deepspeed.ops.__compatible_ops__[builder.NAME] = False
+    barrier()
+    if ranks.rank == 0:
+        log.warning(
+            "%s, and DeepSpeed's CPU collectives take %d MiB a rank: the run does without them, with the same results "
+            "(in a container: docker run --shm-size=1g)",
+            free_memory(),
+            SEGMENT_BYTES >> 20,
+        )
 
 
 def _release_segment(ranks: Ranks) -> None:
