@@ -26,6 +26,9 @@ def causal_convolution(
     """
     width, length = weight.shape[1], x.shape[1]
     padded = torch.cat((before.to(x.dtype), x), dim=1)  # [b, w - 1 + s, d]
+    if starts is None and length == 1:  # a product and a sum take less time than a convolution's call
+        y = (padded * weight.t()).sum(1, keepdim=True)
+        return y if bias is None else y + bias
     if starts is None:
         y = F.conv1d(padded.transpose(1, 2), weight.unsqueeze(1), bias, groups=weight.shape[0])
         return y.transpose(1, 2)

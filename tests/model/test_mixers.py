@@ -105,6 +105,7 @@ def test_a_convolution_sees_what_is_there() -> None:
     padded = torch.cat((before, x), 1)
     expected = torch.stack([(padded[:, t : t + 4] * weight.T).sum(1) + bias for t in range(24)], 1)
     torch.testing.assert_close(causal_convolution(x, weight, bias, before), expected)
+    torch.testing.assert_close(causal_convolution(x[:, :1], weight, bias, before), expected[:, :1])
     nothing = torch.zeros_like(before)
     apart = causal_convolution(x, weight, bias, nothing, documents())
     for row, first, end in ((0, 0, 5), (0, 5, 20), (0, 20, 24), (1, 16, 17), (1, 17, 24)):

@@ -57,6 +57,12 @@ LATENTS = {
     "qk_pos_emb_head_dim": 16,
     "v_head_dim": 32,
 }
+HYBRID = {
+    "attention_config": ["mamba2", "mlp", "attention", "mlp"],
+    "mamba_num_groups": 2,
+    "mamba_state_dim": 32,
+    "activation": "squared_relu",
+}
 PIPELINE = {"pipe_parallel_size": 2, "gradient_accumulation_steps": 4}
 WAYS: dict[str, tuple[int, dict[str, Any]]] = {
     "groups of 2": (1, {**AGAIN, "checkpoint_num_layers": 2}),
@@ -129,6 +135,8 @@ WAYS: dict[str, tuple[int, dict[str, Any]]] = {
     "further tokens": (1, {"mtp_num_layers": 2}),
     "further tokens, recomputed": (1, {"mtp_num_layers": 1, **AGAIN}),
     "further tokens, pipeline": (2, {"mtp_num_layers": 1, **PIPELINE}),
+    "mixers, attention and MLPs apart": (1, HYBRID),
+    "mixers, attention and MLPs apart, sequence": (2, {**HYBRID, "model_parallel_size": 2, "sequence_parallel": True}),
     "prompt": (1, {"soft_prompt_tuning": {"num_tokens": 8}}),
 }
 RECOMPUTED = ("one rank, fp32", "data 2, ZeRO 3")
