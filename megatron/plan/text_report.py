@@ -11,7 +11,7 @@ from megatron.plan.advice import gib
 from megatron.plan.estimates import PlanFigures
 from megatron.plan.kernel_choices import device_of, kernel_lines
 from megatron.plan.schedule import schedule_lines
-from megatron.registry import BIDIRECTIONAL, WITHOUT_ATTENTION
+from megatron.registry import ATTENTION_ALONE, BIDIRECTIONAL, MLP_ALONE, WITHOUT_ATTENTION
 
 WIDTH = 12
 
@@ -55,14 +55,31 @@ def _model(plan: PlanFigures) -> list[str]:
     attention = f"{direction} attention" if set(kinds) - WITHOUT_ATTENTION else ""
     if attention:
         shape += f", {heads} x {model.kv_channels}, MLP {model.mlp_width}"
-    shape += _experts(plan.config)
+    shape += _experts(plan.config) + _mamba2(plan.config)
     norms = model.norm if model.norm_placement == "pre" else f"{model.norm} ({model.norm_placement})"
-    parts = f"{norms}, {model.activation}, {model.pos_emb} positions, {'/'.join(kinds)}{attention}"
+    mixing = _blocks_apart(plan.config) or f"{'/'.join(kinds)}{attention}"
+    parts = f"{norms}, {model.activation}, {model.pos_emb} positions, {mixing}"
     types = Counter(map(str, model.layer_types or ()))
     parts += f" ({', '.join(f'{count} {name}' for name, count in types.items())})" if types else ""
     count = f"{plan.parameters:,} ({short(plan.parameters)})" if plan.parameters else f"unknown: {plan.unknown}"
     lines = [_line("model", shape), _line("", parts), *_base(plan.config)]
     return [*lines, _line("vocabulary", plan.vocabulary), _line("parameters", count), *_trained(plan)]
+
+
+def _blocks_apart(config: Config) -> str:
+    """Formats how many blocks there are of each kind where some have one sublayer."""
+    counts = Counter(map(str, config.model.attention_config or ()))
+    if not {ATTENTION_ALONE, MLP_ALONE} & counts.keys():
+        return ""
+    return ", ".join(f"{count} {kind}" for kind, count in counts.most_common()) + " blocks"
+
+
+def _mamba2(config: Config) -> str:
+    """Formats the sizes of mamba2 blocks."""
+    if "mamba2" not in map(str, config.model.attention_config or ()):
+        return ""
+    sizes = ModelDims.of(config.model, config.moe, config.mixers).mixers.mamba2
+    return f", mamba2 {sizes.heads} heads x {sizes.head}, state {sizes.state}, {sizes.groups} groups"
 
 
 def _base(config: Config) -> list[str]:

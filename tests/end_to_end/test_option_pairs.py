@@ -132,12 +132,32 @@ FURTHER_FACTORS: Factors = {
     **{name: values for name, values in _AROUND.items() if name not in ("types", "window")},
     "layout": [TENSOR, PIPELINE, {"zero_optimization": {"stage": 3}}],
 }
+APART_FACTORS: Factors = {
+    "kinds": [
+        {"num_layers": 3, "attention_config": kinds, "mamba_num_groups": 2, "mamba_head_dim": 16, **more}
+        for kinds, more in (
+            (["mamba2", "attention", "mlp"], {"mamba_dt_limit": [0.01, 0.5], "mamba_use_bias_in_linears": True}),
+            (["attention", "mlp", "mamba2"], {"mamba_norm_before_gate": True, "mamba_state_dim": 24}),
+            (["mlp", "mamba2", "attention"], {"mamba_use_bias_in_conv": False, "mamba_num_heads": 12}),
+        )
+    ],
+    "positions": [{"pos_emb": name} for name in ("none", "rotary", "alibi", "learned")],
+    "experts": [
+        {},
+        {**EXPERTS, "moe_top_k": 2, "moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True},
+    ],
+    "activation": [{"activation": "squared_relu"}, {"activation": "swiglu", "mlp_multiple_of": 4}],
+    **{name: _AROUND[name] for name in ("norm", "factors", "tying", "dropout", "recompute", "window", "bounds")},
+    **{name: FACTORS[name] for name in ("gate", "heads")},
+    "layout": [TENSOR, PIPELINE, {"zero_optimization": {"stage": 3}}],
+}
 TABLES: dict[str, tuple[Factors, int]] = {
     "all": (FACTORS, 120),
     "latents": (LATENT_FACTORS, 12),
     "further tokens": (FURTHER_FACTORS, 12),
+    "blocks of one sublayer": (APART_FACTORS, 12),
 }
-"""Name -> factors, and the least number of configurations that hold their pairs. The last two parts need others."""
+"""Name -> factors, and the least number of configurations that hold their pairs. The last three parts need others."""
 Choice = dict[str, int]
 
 

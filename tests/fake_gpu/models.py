@@ -102,9 +102,9 @@ def experts() -> None:
     step(build(dict(LLAMA), moe=moe, router_losses=losses), losses=losses)
 
 
-def mamba() -> None:
-    """Blocks of kind mamba."""
-    section, mixing = mixers.sections("mamba")
+def mamba(kind: str = "mamba") -> None:
+    """Blocks of kind mamba or mamba2."""
+    section, mixing = mixers.sections(kind)
     step(build({"section": section}, mixers=mixing))
 
 
@@ -235,6 +235,7 @@ CASES: dict[str, Callable[[], None]] = {
     "tied": lambda: step(build({**LLAMA, "no_weight_tying": False})),
     "experts": experts,
     "mamba": mamba,
+    "mamba2": partial(mamba, "mamba2"),
     "alibi": lambda: step(build({"pos_emb": "alibi"})),
     "documents": documents,
     "documents by flash-attn": documents_by_package,

@@ -21,6 +21,7 @@ MODELS = (
     "tied",
     "experts",
     "mamba",
+    "mamba2",
     "alibi",
     "documents",
     "documents by flash-attn",

@@ -54,6 +54,26 @@ def test_flops_equal_what_torch_counts_in_a_gated_grouped_query_layer() -> None:
     assert found == 3 * counter.get_total_flops()
 
 
+def test_blocks_of_one_sublayer_are_counted_each() -> None:
+    """Two MLPs of 2 x 64 x 256, attention of 4 x 64 x 64, and 4 heads of 32 with 24 states in 2 groups."""
+    keys = {
+        "num_layers": 4,
+        "mamba_head_dim": 32,
+        "mamba_state_dim": 24,
+        "mamba_num_groups": 2,
+        "padded_vocab_size": 512,
+    }
+    found = resolved(**keys, attention_config=["mamba2", "mlp", "attention", "mlp"], pos_emb="none")
+    model, channels = found.config.model, 128 + 2 * 48
+    matrices = 2 * (2 * 64 * 256) + 4 * 64 * 64 + 64 * (128 + channels + 4) + 128 * 64
+    mixing = 6 * 128 * 24 + 2 * 4 * channels + 4 * (model.seq_length or 0) * 64
+    plan = make_plan(found)
+    tokens = (model.seq_length or 0) * (found.config.training.train_batch_size or 0)
+    assert plan.flops_per_iteration == 3 * (2 * (matrices + 64 * 512) + mixing) * tokens
+    assert ", mamba2 4 heads x 32, state 24, 2 groups" in plan.text()
+    assert "positions, 2 mlp, 1 mamba2, 1 attention blocks\n" in plan.text()
+
+
 def test_flops_and_memory_follow_what_attention_sees() -> None:
     """A window of 64 in 512: 64 * 512 - 64 * 63 / 2 pairs of a token and one that it sees, of 512 * 513 / 2.
 
