@@ -110,6 +110,7 @@ PART_CASES: dict[str, Keys] = {
         "glu_linear_offset": 1.0,
         "mlp_multiple_of": 4,
     },
+    "learned activation": {"activation": "xielu", "num_kv_heads": 2},
     "factors": {
         "scale_embeddings": True,
         "embedding_multiplier": 0.5,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from megatron.distributed.context_parallel.sequence_shards import SequenceShards
 from megatron.distributed.context_parallel.states import StatePassing
 from megatron.distributed.mesh import Axis
-from megatron.distributed.param_init import InitFn
+from megatron.distributed.param_init import InitFn, ParamFactory
 from megatron.distributed.rng_tracker import TensorParallelRNG
 from megatron.distributed.tensor_parallel.lora import LoraSpec
 from megatron.kernels.attention_patterns import MaskPattern
@@ -37,7 +37,9 @@ class BlockSpec:
     positions: tuple[AttentionPositions | None, ...]
     """For each block, what applies positions to queries and keys, or None."""
     activation: Callable[[Tensor], Tensor]
-    """Activation of the MLP."""
+    """Activation of MLPs and experts."""
+    learned: Callable[[ParamFactory], nn.Module] | None
+    """Builds the activation of one MLP, where it learns; None for one that does not."""
     attention: tuple[Callable[..., nn.Module], ...]
     """Class of the attention or mixer of each block."""
     mlp: tuple[Callable[..., nn.Module], ...]

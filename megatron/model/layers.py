@@ -75,6 +75,7 @@ from megatron.registry import (
     ROUTERS,
     STANDALONE_BLOCK,
     WITHOUT_ATTENTION,
+    load_target,
 )
 
 
@@ -171,6 +172,7 @@ def _block_spec(spec: ModelSpec) -> BlockSpec:
         norm_of_shard=norm_of_shard,
         positions=_positions(model, dims.rotary_width, kernels.rotary),
         activation=_activation(model, kernels.activation),
+        learned=load_target(learned) if (learned := ACTIVATIONS.entry(model.activation).module) else None,
         attention=tuple(_attention(dims, kind, block) for block, kind in enumerate(dims.kinds)),
         mlp=tuple(MLPS.load("moe" if dims.has_experts(block) else "dense") for block in range(dims.num_layers)),
         patterns=_patterns(model, dims.kinds),

@@ -59,7 +59,8 @@ def mlp_or_experts(dims: ModelDims, block: int) -> list[TensorShape]:
     layer = block + 2
     if dims.has_experts(block):
         return experts(dims, layer) + shared_experts(dims, layer)
-    return mlp(dims, layer, "mlp", dims.mlp_width, dims.mlp_bias)
+    learned = [TensorShape(layer, f"mlp.activation.{name}", (1,), None, "bias") for name in dims.learned]
+    return mlp(dims, layer, "mlp", dims.mlp_width, dims.mlp_bias) + learned
 
 
 def attention(dims: ModelDims, layer: int) -> list[TensorShape]:

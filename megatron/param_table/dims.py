@@ -127,6 +127,8 @@ class ModelDims:
     """Input width of linear2; a gated linear1 has twice as many outputs."""
     gated: bool = False
     """Whether linear1 has two halves: the plain (up) one, then the activated (gate) one."""
+    learned: tuple[str, ...] = ()
+    """Scalars that the activation of each MLP learns."""
     norm: str = "layernorm"
     """Kind of norm."""
     norm_bias: bool = True
@@ -216,6 +218,7 @@ class ModelDims:
             head_dim=getattr(model, "kv_channels", None) or model.hidden_size // heads,
             mlp_width=model.mlp_width,
             gated=ACTIVATIONS.entry(model.activation).gated,
+            learned=ACTIVATIONS.entry(model.activation).parameters,
             norm=model.norm,
             norm_bias=model.use_bias_in_norms,
             attention_bias=model.use_bias_in_attn_linear,

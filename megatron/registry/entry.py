@@ -79,6 +79,10 @@ class ActivationEntry(Entry):
     """Whether its input has twice the features of its output: the plain half, then the gate."""
     in_transformer_engine: str | None = None
     """Transformer Engine's name of it, where its joint layer of norm and MLP has it."""
+    module: str | None = None
+    """`file:name` of its module, where each MLP learns parameters of it; the function has their initial values."""
+    parameters: tuple[str, ...] = ()
+    """Scalars that the module learns."""
 
 
 @dataclass(frozen=True)

@@ -203,6 +203,13 @@ ACTIVATIONS = Registry(
         ActivationEntry("reglu", "megatron.model.mlp.activations:reglu", "Gated by relu, arXiv:2002.05202", gated=True),
         ActivationEntry("glu", "megatron.model.mlp.activations:glu", "Gated by sigmoid, arXiv:1612.08083", gated=True),
         ActivationEntry(
+            "xielu",
+            "megatron.model.mlp.xielu:xielu",
+            "Square above 0, exponential below, both with a learned factor, arXiv:2411.13010",
+            module="megatron.model.mlp.xielu:XIELU",
+            parameters=("alpha_p", "alpha_n"),
+        ),
+        ActivationEntry(
             "bilinear",
             "megatron.model.mlp.activations:bilinear",
             "Gated by the identity, arXiv:2002.05202",

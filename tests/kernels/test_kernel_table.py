@@ -80,7 +80,7 @@ def test_an_activation_of_a_plugin_is_its_own_formula() -> None:
     choice = choose_kernel("activation", replace(GPU, activation="sine"))
     assert choice.entry.name == "torch"
     assert "no kernel of the activation sine" in choice.rejected["triton"]
-    assert set(ACTIVATIONS.names) == TRITON_ACTIVATIONS | {"quick_gelu", "quick_geglu"}
+    assert set(ACTIVATIONS.names) == TRITON_ACTIVATIONS | {"quick_gelu", "quick_geglu", "xielu"}
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)

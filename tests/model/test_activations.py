@@ -8,7 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron.distributed.mesh import Topology
+from megatron.distributed.param_init import ParamFactory
 from megatron.model.mlp.activations import BoundedGate
+from megatron.model.mlp.xielu import XIELU
 from megatron.registry import ACTIVATIONS
 
 
@@ -25,6 +28,9 @@ PLAIN = {
     "swish": lambda x: x / (1 + torch.exp(-x)),
     "squared_relu": lambda x: x.clamp(min=0) ** 2,
     "softsign": lambda x: x / (1 + x.abs()),
+    "xielu": lambda x: torch.where(
+        x > 0, 0.8 * x * x + 0.5 * x, 0.8 * (torch.exp(torch.minimum(x, torch.tensor(-1e-6))) - 1 - x) + 0.5 * x
+    ),
     "mish": lambda x: x * torch.tanh(torch.log1p(torch.exp(x))),
 }
 GATED = {
@@ -70,3 +76,25 @@ def test_halves_are_bounded_and_shifted(bound: float | None, offset: float) -> N
     actual = BoundedGate(ACTIVATIONS.load("quick_geglu"), bound, offset)(x)
     torch.testing.assert_close(actual, expected)
     torch.testing.assert_close(*(torch.autograd.grad(out.square().sum(), x)[0] for out in (actual, expected)))
+
+
+def test_xielu_learns_its_factors() -> None:
+    """Values and gradients, those of both factors too, by differences of the formula in float64."""
+    module = XIELU(ParamFactory(1, 2, Topology.single().model, dtype=torch.float64))
+    factors = [float(torch.nn.functional.softplus(each.detach())) for each in (module.alpha_p, module.alpha_n)]
+    assert factors == pytest.approx([0.8, 0.3])
+    with torch.no_grad():
+        module.alpha_p.add_(0.3)
+        module.alpha_n.sub_(0.4)
+    x = torch.linspace(-3, 3, 40, dtype=torch.float64).view(2, 4, 5).requires_grad_()
+
+    def run(x: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
+        named = dict(zip(("alpha_p", "alpha_n"), values, strict=True))
+        found: torch.Tensor = torch.func.functional_call(module, named, (x,))
+        return found
+
+    assert torch.autograd.gradcheck(run, (x, module.alpha_p, module.alpha_n))
+    above, below = torch.log1p(module.alpha_p.exp()), 0.5 + torch.log1p(module.alpha_n.exp())
+    edge = torch.minimum(x, torch.tensor(-1e-6, dtype=torch.float64))
+    expected = torch.where(x > 0, above * x**2 + 0.5 * x, below * (torch.exp(edge) - 1 - x) + 0.5 * x)
+    torch.testing.assert_close(module(x), expected)

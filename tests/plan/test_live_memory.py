@@ -118,6 +118,7 @@ WAYS: dict[str, tuple[int, dict[str, Any]]] = {
             "final_logit_softcapping": 20.0,
         },
     ),
+    "learned activation": (1, {"activation": "xielu"}),
     "norms of sums": (1, {"norm_placement": "post", "embedding_norm": True}),
     "norms across heads, of outputs": (
         2,

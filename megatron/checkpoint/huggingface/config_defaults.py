@@ -175,6 +175,15 @@ _STARCODER2 = {
     "tie_word_embeddings": True,
     "sliding_window": None,
 }
+_APERTUS = {key: value for key, value in _LLAMA.items() if key != "mlp_bias"} | {
+    "vocab_size": 131072,
+    "intermediate_size": 14336,
+    "num_key_value_heads": None,
+    "hidden_act": "xielu",
+    "max_position_embeddings": 65536,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 12000000,
+}
 _NEMOTRON = {key: value for key, value in _LLAMA.items() if key != "rms_norm_eps"} | {
     "vocab_size": 256000,
     "hidden_size": 6144,
@@ -287,6 +296,7 @@ DEFAULTS: Mapping[str, Settings] = {
     "granite": _GRANITE,
     "starcoder2": _STARCODER2,
     "nemotron": _NEMOTRON,
+    "apertus": _APERTUS,
     "gpt2": _GPT2,
     "opt": _OPT,
     "mpt": _MPT,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from megatron.checkpoint.huggingface.apertus import APERTUS
 from megatron.checkpoint.huggingface.bert import BERT, MEGATRON_BERT, ROBERTA
 from megatron.checkpoint.huggingface.cohere2 import COHERE2
 from megatron.checkpoint.huggingface.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
@@ -50,6 +51,7 @@ LATER = (
     STARCODER2,
     NEMOTRON,
     MAMBA2,
+    APERTUS,
     BERT,
     ROBERTA,
 )

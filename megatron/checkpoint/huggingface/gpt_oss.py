@@ -26,7 +26,7 @@ from megatron.checkpoint.huggingface.family import (
     unlike,
 )
 from megatron.checkpoint.huggingface.llama import NAMES, decoder_config, decoder_settings
-from megatron.checkpoint.huggingface.rope_config import rotary_settings, scaling_misfits
+from megatron.checkpoint.huggingface.rope_config import scaling_misfits, usual_rotary
 from megatron.checkpoint.huggingface.sliding_window import (
     FULL,
     SLIDING,
@@ -39,7 +39,7 @@ from megatron.checkpoint.huggingface.sliding_window import (
 )
 from megatron.config.schema.model import ModelSection
 from megatron.config.schema.moe import MoeSection
-from megatron.errors import ConfigError, ConfigIssue
+from megatron.errors import ConfigIssue
 from megatron.param_table import ModelDims
 from megatron.registry import LEARNABLE
 
@@ -92,7 +92,7 @@ def _settings(theirs: Mapping[str, Any]) -> Settings:
     kinds = listed_kinds(theirs, periodic_kinds(theirs["num_hidden_layers"], 2))
     top_k = theirs["num_experts_per_tok"]
     return (
-        decoder_settings({**theirs, "mlp_bias": False}, _rotary(theirs))
+        decoder_settings({**theirs, "mlp_bias": False}, usual_rotary(theirs, USUAL_SCALING))
         | _OTHERS
         | typed_blocks(kinds, {SLIDING: {"sliding_window_width": theirs["sliding_window"]}, FULL: {}})
         | {
@@ -104,18 +104,6 @@ def _settings(theirs: Mapping[str, Any]) -> Settings:
             **_BIASES,
         }
     )
-
-
-def _rotary(theirs: Mapping[str, Any]) -> Settings:
-    """Our keys of rotary positions. ConfigError where a null scaling means one thing here and another there."""
-    named = [key for key in ("rope_parameters", "rope_scaling") if key in theirs]
-    if named and not any(theirs[key] for key in named):
-        what = "releases of transformers take this for no scaling, or for that of the public models"
-        hint = "write rope_scaling: {rope_type: default}, or the scaling"
-        raise ConfigError.of(what, key=named[0], value=None, location="config.json", hint=hint)
-    found = rotary_settings(theirs if named else {**theirs, "rope_scaling": USUAL_SCALING}, base="rope_theta")
-    check_config({"partial_rotary_factor": found["rotary_pct"]}, {"partial_rotary_factor": 1.0})
-    return found
 
 
 def _rows(dims: ModelDims, ours: str, theirs: str) -> list[TensorMapping]:

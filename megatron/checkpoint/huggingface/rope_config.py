@@ -82,6 +82,24 @@ def rotary_settings(theirs: Mapping[str, Any], *, base: str, part: str = "partia
     return settings
 
 
+def usual_rotary(theirs: Mapping[str, Any], usual: Mapping[str, Any]) -> Settings:
+    """Returns our keys of rotary positions of a class that scales them where config.json does not say how.
+
+    Raises ConfigError where a null scaling means one thing here and another there. theirs: completed. usual: scaling of
+    the class.
+    """
+    named = [key for key in ("rope_parameters", "rope_scaling") if key in theirs]
+    if named and not any(theirs[key] for key in named):
+        what = "releases of transformers take this for no scaling, or for that of the public models"
+        hint = "write rope_scaling: {rope_type: default}, or the scaling"
+        raise ConfigError.of(what, key=named[0], value=None, location=CONFIG, hint=hint)
+    found = rotary_settings(theirs if named else {**theirs, "rope_scaling": usual}, base="rope_theta")
+    if found["rotary_pct"] != 1.0:
+        what = "only positions of full heads can be taken over"
+        raise ConfigError.of(what, key="partial_rotary_factor", value=found["rotary_pct"], location=CONFIG)
+    return found
+
+
 def meaning_of_block(
     theirs: Mapping[str, Any], block: Mapping[str, Any], base: str, part: str = "partial_rotary_factor"
 ) -> Settings:

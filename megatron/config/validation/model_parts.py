@@ -9,7 +9,16 @@ from megatron.config.config import Config
 from megatron.config.validation.positions import scaling_error
 from megatron.errors import ConfigIssue
 from megatron.layer_types import OPTIONS, ROTARY
-from megatron.registry import BIDIRECTIONAL, MIXER_BLOCKS, NORMS, ONE_PLUS, POSITIONS, VANILLA, nearest_name
+from megatron.registry import (
+    ACTIVATIONS,
+    BIDIRECTIONAL,
+    MIXER_BLOCKS,
+    NORMS,
+    ONE_PLUS,
+    POSITIONS,
+    VANILLA,
+    nearest_name,
+)
 from megatron.registry.attention import SOFTMAX_KEYS
 
 POSITIVE = (
@@ -163,3 +172,20 @@ def _value_error(option: str, value: Any) -> str | None:
         return None
     message = scaling_error(value) if isinstance(value, Mapping) else f"it is a table or null, not {value!r}"
     return None if message is None else f"{option}: {message}"
+
+
+def learned_activations_have_an_mlp(config: Config) -> Iterator[ConfigIssue]:
+    """An activation that learns is a part of an MLP of its own in each block."""
+    model = config.model
+    if not ACTIVATIONS.entry(model.activation).parameters:
+        return
+    kinds = sorted(set(map(str, model.attention_config or ())) & {"gmlp", "amlp"})
+    reasons = {
+        "moe_num_experts": (config.moe.moe_num_experts > 1, "experts share one activation"),
+        "attention_config": (bool(kinds), f"blocks of kind {', '.join(kinds)} have no such parameters"),
+        "use_mup": (config.mup.use_mup, "muP has no rule for its factors"),
+    }
+    for key, (applies, why) in reasons.items():
+        if applies:
+            what, hint = f"with {key} no activation learns: {why}", f"use another activation, or leave {key} out"
+            yield ConfigIssue(what, key="activation", value=model.activation, hint=hint)

@@ -61,6 +61,7 @@ RULES: tuple[Rule, ...] = (
     model_parts.factors_are_numbers,
     model_parts.bounds_are_computed,
     model_parts.sinks_are_computed,
+    model_parts.learned_activations_have_an_mlp,
     model_parts.layer_types_are_known,
     latent.latents_have_widths,
     latent.latents_fit_other_parts,

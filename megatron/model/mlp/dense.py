@@ -30,7 +30,7 @@ class ParallelMLP(nn.Module):
             kernel=kernel,
             lora=spec.lora_specs.get("dense_h_to_4h"),
         )
-        self.activation = spec.activation
+        self.activation = spec.activation if spec.learned is None else spec.learned(source.of("activation"))
         self.linear2 = RowParallelLinear(
             dims.mlp_width,
             dims.hidden_size,

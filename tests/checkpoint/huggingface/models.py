@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from transformers import (
+    ApertusConfig,
+    ApertusForCausalLM,
     Cohere2Config,
     Cohere2ForCausalLM,
     DeepseekV2Config,
@@ -163,6 +165,7 @@ DENSE: dict[str, Callable[[], PreTrainedModel]] = {
     ),
     "starcoder2": lambda: Starcoder2ForCausalLM(Starcoder2Config(**_without("rms_norm_eps"), sliding_window=6)),
     "nemotron": lambda: NemotronForCausalLM(NemotronConfig(**_without("rms_norm_eps"), attention_bias=True)),
+    "apertus": lambda: ApertusForCausalLM(ApertusConfig(**_NEW, attention_bias=True)),
     "mamba2": lambda: Mamba2ForCausalLM(Mamba2Config(**_MAMBA2, n_groups=2, chunk_size=8)),
 }
 """The dense families whose blocks differ from LLaMA's in more than their numbers -> makes the model."""

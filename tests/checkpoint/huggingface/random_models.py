@@ -244,6 +244,11 @@ def _nemotron(chance: random.Random) -> Settings:
     return found | {"partial_rotary_factor": 0.5} if chance.random() < 0.5 else found
 
 
+def _apertus(chance: random.Random) -> Settings:
+    found = {name: value for name, value in _llama(chance).items() if name not in ("mlp_bias", "head_dim")}
+    return found | {"hidden_act": "xielu"}
+
+
 def _gpt2(chance: random.Random) -> Settings:
     sizes = _sizes(chance)
     found = {
@@ -311,6 +316,7 @@ DRAWN: dict[str, Callable[[random.Random], Settings]] = {
     "granite": _granite,
     "starcoder2": _starcoder2,
     "nemotron": _nemotron,
+    "apertus": _apertus,
     **{name: partial(_with_experts, draw) for name, draw in MIXTURES.items()},
     "gpt2": _gpt2,
     "opt": _opt,

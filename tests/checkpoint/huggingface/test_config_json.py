@@ -50,6 +50,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 1,
         "intermediate_size": 40,
     },
+    "apertus": {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "intermediate_size": 40},
     "qwen2_moe": {**EXPERTS, "num_experts": 8, "shared_expert_intermediate_size": 24},
     "qwen3_moe": {**EXPERTS, "num_experts": 8, "num_experts_per_tok": 4},
     "qwen3_next": {**EXPERTS, "num_experts": 8, "num_experts_per_tok": 4, "num_hidden_layers": 4},
@@ -200,6 +201,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"rope_parameters": None},
         "rope_parameters = None: releases of transformers take this for no scaling, or for that of the public models",
     ),
+    "an activation that is not xIELU": ("apertus", {"hidden_act": "relu2"}, "hidden_act = 'relu2'"),
+    "no scaling, or that of Apertus": ("apertus", {"rope_parameters": None}, "rope_parameters = None: releases of tra"),
     "a base that releases read otherwise": (
         "olmo3",
         {"rope_parameters": "absent", "rope_theta": 10000.0},
