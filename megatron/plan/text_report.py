@@ -55,10 +55,10 @@ def _model(plan: PlanFigures) -> list[str]:
     attention = f"{direction} attention" if set(kinds) - WITHOUT_ATTENTION else ""
     if attention:
         shape += f", {heads} x {model.kv_channels}, MLP {model.mlp_width}"
-    shape += _experts(plan.config) + _mamba2(plan.config)
+    shape += _experts(plan.config)
     norms = model.norm if model.norm_placement == "pre" else f"{model.norm} ({model.norm_placement})"
     mixing = _blocks_apart(plan.config) or f"{'/'.join(kinds)}{attention}"
-    parts = f"{norms}, {model.activation}, {model.pos_emb} positions, {mixing}"
+    parts = f"{norms}, {model.activation}, {model.pos_emb} positions, {mixing}{_mamba2(plan.config)}"
     types = Counter(map(str, model.layer_types or ()))
     parts += f" ({', '.join(f'{count} {name}' for name, count in types.items())})" if types else ""
     count = f"{plan.parameters:,} ({short(plan.parameters)})" if plan.parameters else f"unknown: {plan.unknown}"

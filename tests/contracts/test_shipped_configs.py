@@ -57,6 +57,7 @@ PARAMETERS = {
     "gpt_oss/20B": 20_914_757_184,
     "mamba2/130M": 128_989_632,
     "nemotron_h/8B": 8_100_852_736,
+    "nemotron_h/30B-A3B": 31_577_937_344,
     "glm4_moe/106B-A12B": 106_852_245_504,  # of transformers' class, without the block that predicts further tokens
 }
 """As in the papers and on the model cards of the Hugging Face hub (arXiv:2204.06745; arXiv:2304.01373, table 1;

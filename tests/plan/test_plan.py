@@ -70,8 +70,8 @@ def test_blocks_of_one_sublayer_are_counted_each() -> None:
     plan = make_plan(found)
     tokens = (model.seq_length or 0) * (found.config.training.train_batch_size or 0)
     assert plan.flops_per_iteration == 3 * (2 * (matrices + 64 * 512) + mixing) * tokens
-    assert ", mamba2 4 heads x 32, state 24, 2 groups" in plan.text()
-    assert "positions, 2 mlp, 1 mamba2, 1 attention blocks\n" in plan.text()
+    sizes = "mamba2 4 heads x 32, state 24, 2 groups"
+    assert f"positions, 2 mlp, 1 mamba2, 1 attention blocks, {sizes}\n" in plan.text()
 
 
 def test_flops_and_memory_follow_what_attention_sees() -> None:

@@ -125,6 +125,8 @@ class ModelFamily:
     """What their names begin with in a model with a head, which files of the bare model lack."""
     heads: tuple[str, ...] = ()
     """What names of heads begin with, of which a model leaves out those that it has not."""
+    modules: str = ""
+    """What the names of its modules begin with, where those in files begin with `prefix` and modules otherwise."""
     experts: ExpertsMapping | None = None
     """None where its blocks have none."""
     mixers: Mixers | None = None
@@ -133,6 +135,16 @@ class ModelFamily:
     """Whether its attention is bidirectional."""
     encoder_decoder: bool = False
     """Whether its blocks are an encoder and a decoder."""
+
+    def module_name(self, name: str) -> str:
+        """Returns the name that a tensor of its files has in the model, by which peft calls it."""
+        known = self.modules and name.startswith(self.prefix)
+        return self.modules + name.removeprefix(self.prefix) if known else name
+
+    def file_name(self, name: str) -> str:
+        """Returns the name that a tensor of the model has in files."""
+        known = self.modules and name.startswith(self.modules)
+        return self.prefix + name.removeprefix(self.modules) if known else name
 
 
 def same(ours: str, theirs: str) -> TensorMapping:

@@ -204,7 +204,8 @@ def _expert_config(model: ModelSection, moe: MoeSection) -> Settings:
 
 def _contradictions(theirs: Mapping[str, Any]) -> list[ConfigIssue]:
     """Keys of other programs' configurations that transformers does not read, where they say something else."""
-    named = {"attention_head_dim": "head_dim", "rms_norm_eps": "layer_norm_epsilon"}
+    epsilon = "layer_norm_epsilon"
+    named = {"attention_head_dim": "head_dim", "rms_norm_eps": epsilon, "norm_eps": epsilon}
     errors = [
         ConfigIssue(f"transformers reads {key} = {theirs[key]!r}", key=name, value=theirs[name], location=CONFIG)
         for name, key in named.items()
@@ -309,6 +310,7 @@ NEMOTRON_H = ModelFamily(
     settings=_settings,
     table=_table,
     prefix="backbone.",
+    modules="model.",
     experts=ExpertsMapping(_expert_misfits, _expert_config),
     mixers=Mixers(frozenset({MAMBA2, MLP_ALONE}), _mixer_misfits, _mixer_config),
 )

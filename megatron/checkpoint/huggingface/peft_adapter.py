@@ -110,7 +110,7 @@ def _factors(stored: StoredModel, family: ModelFamily, dims: ModelDims, dtype: t
             )
         parts = _rows(row, torch.empty(up.shape, device="meta"))
         for part, name in enumerate(row.theirs):
-            theirs = f"base_model.model.{name.removesuffix('.weight')}"
+            theirs = f"base_model.model.{family.module_name(name).removesuffix('.weight')}"
             first, second = partial(_down, stored, down, dtype), partial(_up, stored, row, up, part, dtype)
             yield Promise(f"{theirs}.lora_A.weight", down.shape, dtype, first)
             yield Promise(f"{theirs}.lora_B.weight", tuple(parts[part].shape), dtype, second)

@@ -96,7 +96,7 @@ class SavedModules:
             name = keys.get(row.ours)
             if name in self.names:
                 spelt = HEADS if row.theirs[0] in HEADS[1:] else row.theirs  # releases call that of GPT-NeoX either
-                yield from ((name, theirs.removesuffix(".weight")) for theirs in spelt)
+                yield from ((name, family.module_name(theirs).removesuffix(".weight")) for theirs in spelt)
 
     def _values(self, shape: TensorShape, dtype: torch.dtype) -> Tensor:
         return self.stored.full_tensor(shape, precise=dtype == torch.float32)[: self.rows]

@@ -79,7 +79,7 @@ def read_adapter(path: Path, folder: Folder, dims: ModelDims) -> PeftAdapter:
         dims: Its sizes, without adapters.
     """
     settings = _settings(path)
-    named = _named(path)
+    named = {folder.family.file_name(name): values for name, values in _named(path).items()}
     table = {row.ours.removesuffix(".weight"): row for row in folder.rows_of(dims)}
     modules = {
         module: _updates_of(row, named, settings)

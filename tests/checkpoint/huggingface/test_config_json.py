@@ -231,6 +231,10 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "two names that differ": ("gpt2", {"hidden_size": 32}, "hidden_size = 32: it is another name of n_embd"),
     "slopes of other numbers of heads": ("mpt", {"n_heads": 3}, "n_heads = 3"),
     "a rank of steps": ("mamba", {"time_step_rank": 7}, "time_step_rank = 7"),
+    "heads of another width": ("mamba2", {"expand": 3}, "expand = 3: the heads have 128 features, and expand x hidden"),
+    "bounds out of order": ("mamba2", {"time_step_limit": [0.5, 0.1]}, "the smallest step is above the largest"),
+    "a bound that is none": ("mamba2", {"time_step_limit": [0.5, "x"]}, "time_step_limit = 'x': this is no bound"),
+    "a wider convolution": ("mamba2", {"conv_kernel": 3}, "conv_kernel = 3: only 4 can be taken over"),
 }
 
 

@@ -177,7 +177,7 @@ ALONE: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2, prompt": ("gpt2", PROMPT),
 }
 EXPORTS = ["neox, one residual, tied", "llama, as many kv heads", "llama, grouped, biases", "mistral", "qwen3"]
-EXPORTS += ["mpt", "gpt2", "opt", "qwen2", "gemma3", "cohere2"]
+EXPORTS += ["mpt", "gpt2", "opt", "qwen2", "gemma3", "cohere2", "nemotron_h, dense, biases"]
 SAVED = [*EXPORTS, "neox", "llama, wide heads, tied", "gpt2, untied, exact gelu", "opt, untied, no biases"]
 
 
