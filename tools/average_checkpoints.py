@@ -40,11 +40,14 @@ def main(arguments: list[str] | None = None) -> int:
             made, number = moving_average(args.load_dir, args.save_dir, **layout_arguments(args))
             print(f"{made}: the moving average at iteration {number}")
             return 0
-        made, numbers = average(args.load_dir, args.save_dir, last=args.last, **layout_arguments(args))
+        made, chosen = average(args.load_dir, args.save_dir, last=args.last, **layout_arguments(args))
     except (ConfigError, RunError) as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    print(f"{made}: the mean of iterations {', '.join(map(str, numbers))}")
+    print(f"{made}: the mean of iterations {', '.join(map(str, chosen.iterations))}")
+    if chosen.others:
+        newest, others = chosen.iterations[-1], ", ".join(map(str, chosen.others))
+        print(f"left out: {others}, from which iteration {newest} was not trained")
     return 0
 
 

@@ -314,7 +314,16 @@ def _saver(
     loaded, every = checkpoint.directory if checkpoint else None, config.checkpoint.save_hf_every
     command = (sys.executable, "-m", "megatron.training.huggingface_folder")
     programs = None if every is None else FolderPrograms(command, every, "huggingface", say)
-    return Saver(config, engine, padded_vocab_size=vocabulary, loaded=loaded, inputs=inputs, programs=programs)
+    continues = checkpoint is not None and not checkpoint.from_start
+    return Saver(
+        config,
+        engine,
+        padded_vocab_size=vocabulary,
+        loaded=loaded,
+        continues=continues,
+        inputs=inputs,
+        programs=programs,
+    )
 
 
 def _save(saver: Saver, reporter: Reporter) -> Callable[[RunState], None]:

@@ -8,7 +8,7 @@
         configs/                               the configuration
         state/rank_RRRRR.{json,pt}             optimizer slices of one rank, and their index
         state/rng_RRRRR.pt                     random generators of one rank
-        state/run.json                         counters and layout of the run
+        state/run.json                         counters and layout of the run, the checkpoints before it
         state/answers.pt                       logits of a fixed input, where they are wanted
         manifest.json                          every file's size and SHA-256, written last
 

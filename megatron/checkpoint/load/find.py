@@ -6,6 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from megatron.checkpoint.format import integrity, layout
+from megatron.checkpoint.format.history import other_history
 from megatron.checkpoint.remote.host_copy import Sharing, one_folder
 from megatron.checkpoint.save.commit import recover
 from megatron.distributed.process_group import all_gather_items, all_gather_list, barrier
@@ -73,7 +74,8 @@ def find_intact(
         errors = errors_of(directory, load, sharing)
         if not errors:
             if number:
-                _log.warning("going on from %s instead", directory)
+                other = ", which is of another run than it" if other_history(directory, meant[0]) else ""
+                _log.warning("going on from %s instead%s", directory, other)
             return directory
         if fallback != PREVIOUS or directory == meant[-1]:
             raise RunError(*_with_hint(errors, load, directory))

@@ -13,8 +13,9 @@ from pathlib import Path
 from torch import Tensor
 
 from megatron.checkpoint.format import files, layout
+from megatron.checkpoint.format.history import ancestors
 from megatron.checkpoint.format.optimizer_shards import EMA
-from megatron.checkpoint.load.stored_model import StoredModel, describe, open_model
+from megatron.checkpoint.load.stored_model import StoredModel, choose, describe, open_model
 from megatron.checkpoint.offline.reshard import describe_tokenizer, refuse_uneven
 from megatron.checkpoint.offline.write_resharded import write_weights
 from megatron.checkpoint.save.commit import make_room, publish
@@ -53,31 +54,51 @@ class MovingAverageModel:
         return stored if found is None else found.to(stored.dtype)
 
 
-def chosen_iterations(load: Path, last: int, until: int | None) -> list[int]:
-    """Returns the iterations of the last checkpoints of a save folder, oldest first. ConfigError for too few.
+@dataclass(frozen=True)
+class Chosen:
+    """Checkpoints of one run."""
+
+    iterations: list[int]
+    """Those to average, oldest first."""
+    others: list[int]
+    """Those that are as new as the oldest of them, and of another history than the newest."""
+
+
+def chosen_iterations(load: Path, last: int, until: int | None) -> Chosen:
+    """Returns the last checkpoints of a save folder's run. ConfigError for too few.
+
+    They are the newest, which `latest` names, and those that it was trained from: a run that went on from an earlier
+    iteration leaves later checkpoints of the first one behind.
 
     Args:
         load: Save folder.
         last: Number of checkpoints.
-        until: Newest iteration to take; None for the newest that there is.
+        until: Newest iteration to take; None for the one that `latest` names.
     """
     if last < 2:
         raise ConfigError.of("a mean needs two checkpoints at least", key="last", value=last, hint="write 2 or more")
-    found = sorted(one for one in layout.iterations(load) if until is None or one <= until)
+    there = layout.iterations(load)
+    known = [one for one in there if until is None or one <= until]
+    newest = known[-1] if known else None
+    if known and until is None and (load / layout.LATEST).is_file():
+        newest = layout.iteration_of(choose(load, None)) or newest
+    found = [] if newest is None else [*ancestors(load, newest), newest]
+    others = [one for one in known if one not in found]
     if len(found) < last:
+        further = f", and {', '.join(map(str, others))} of another history" if others else ""
         raise ConfigError.of(
-            f"{len(found)} checkpoints are there: {', '.join(map(str, found)) or 'none'}",
+            f"{len(found)} checkpoints are there: {', '.join(map(str, found)) or 'none'}{further}",
             key="last",
             value=last,
             location=str(load),
             hint="give a smaller number, or keep more with keep_last_n_checkpoints",
         )
-    return found[-last:]
+    return Chosen(found[-last:], [one for one in others if one > found[-last]])
 
 
 def average(
     load: Path, save: Path, *, last: int, iteration: int | None = None, config_files: Sequence[Path] = (), **sizes: int
-) -> tuple[Path, list[int]]:
+) -> tuple[Path, Chosen]:
     """Writes <save>/global_step<N> of the newest iteration and points `latest` at it; returns it and the iterations.
 
     It holds weights and their configuration, and no optimizer state. Raises ConfigError for too few checkpoints or
@@ -87,11 +108,12 @@ def average(
         load: Save folder of the run.
         save: Folder to write to.
         last: Number of checkpoints.
-        iteration: Newest iteration to take; the newest of all unless given.
+        iteration: Newest iteration to take; the one that `latest` names unless given.
         config_files: Configuration files, for checkpoints without their own.
         sizes: `model_size`, `pipe_size`: tensor- and pipeline-parallel degree of the result.
     """
-    numbers = chosen_iterations(load, last, iteration)
+    chosen = chosen_iterations(load, last, iteration)
+    numbers = chosen.iterations
     models = tuple(open_model(load, iteration=number, config_files=config_files) for number in numbers)
     newest = models[-1]
     for model in models:
@@ -101,7 +123,7 @@ def average(
                 location=str(model.directory),
                 hint="give an --iteration and a --last of one model",
             )
-    return _write(newest, save, MeanModel(models), numbers[-1], config_files, **sizes), numbers
+    return _write(newest, save, MeanModel(models), numbers[-1], config_files, **sizes), chosen
 
 
 def moving_average(

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megatron.checkpoint.format import integrity, layout, optimizer_shards, rng, weight_shards
 from megatron.checkpoint.format.files import Written
+from megatron.checkpoint.format.history import History
 from megatron.checkpoint.format.logits_check import answers
 from megatron.checkpoint.format.metadata import public_facts
 from megatron.checkpoint.load.lr_schedule_check import schedule_facts
@@ -64,6 +65,7 @@ class Saver:
         engine: Holds the weights and the optimizer state.
         padded_vocab_size: Rows of the embedding.
         loaded: Checkpoint that the run started from, which is never removed.
+        continues: Whether iterations count from that checkpoint's.
         inputs: Files that the run reads.
         programs: Programs that run for some checkpoints.
     """
@@ -75,6 +77,7 @@ class Saver:
         *,
         padded_vocab_size: int,
         loaded: Path | None = None,
+        continues: bool = False,
         inputs: RunInputs | None = None,
         programs: FolderPrograms | None = None,
     ) -> None:
@@ -95,6 +98,7 @@ class Saver:
         _refuse_in_background(config, self._sharing)
         self._mirror = open_mirror(config.checkpoint, topology.rank)
         self._newest: Path | None = None
+        self._history = History(loaded if continues else None) if topology.rank == 0 else None
 
     def save(self, counters: Counters) -> Path:
         """Writes <save>/global_step<N> and points `latest` at it; returns its folder.
@@ -110,7 +114,7 @@ class Saver:
 
     def _save(self, counters: Counters, beside: Path, final: Path) -> Path:
         leads = self._sharing.leads
-        snapshot = take_snapshot(self.config, self.engine, counters, self.padded_vocab_size, self.inputs)
+        snapshot = take_snapshot(self.config, self.engine, counters, self.padded_vocab_size, self.inputs, self._history)
         if self.config.checkpoint.checkpoint_async:
             snapshot = snapshot.held()
             together(lambda: make_room(beside) if leads else None, f"preparing {beside}")
@@ -209,7 +213,12 @@ def _refuse_in_background(config: Config, sharing: Sharing) -> None:
 
 
 def take_snapshot(
-    config: Config, engine: Checkpointable, counters: Counters, padded_vocab_size: int, inputs: RunInputs
+    config: Config,
+    engine: Checkpointable,
+    counters: Counters,
+    padded_vocab_size: int,
+    inputs: RunInputs,
+    history: History | None = None,
 ) -> Snapshot:
     """Copies the state that this rank has to write; collective.
 
@@ -219,6 +228,7 @@ def take_snapshot(
         counters: Steps and samples so far.
         padded_vocab_size: Rows of the embedding.
         inputs: Files that the run reads.
+        history: The checkpoints of the run so far, on rank 0.
     """
     snapshot = Snapshot()
     topology = engine.topology
@@ -243,7 +253,9 @@ def take_snapshot(
         if topology.rank == 0:
             snapshot.tensors[layout.ANSWERS] = lambda: said
     if topology.rank == 0:
-        snapshot.texts[layout.RUN] = json.dumps(_run_facts(config, engine, counters, inputs), indent=1)
+        facts = _run_facts(config, engine, counters, inputs)
+        facts |= {} if history is None else history.facts(counters.iteration)
+        snapshot.texts[layout.RUN] = json.dumps(facts, indent=1)
         stored = config.without_secrets()
         snapshot.texts[layout.RESOLVED] = serialize.to_json(stored)
         for name, text in (stored.checkpoint.config_files or {}).items():
