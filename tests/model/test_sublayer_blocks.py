@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron.distributed.mesh import Topology
+from megatron.engine.fp8 import use_fp8
 from megatron.model.kv_cache import KVCache
 from megatron.model.layers import build_layer_specs
 from megatron.model.model_spec import ModelSpec
@@ -82,3 +83,17 @@ def test_the_cache_has_keys_of_blocks_with_attention_alone() -> None:
     with torch.no_grad():
         parts = [model(part, cache) for part in tokens().split([7, *[1] * 13], dim=1)]
         torch.testing.assert_close(torch.cat(parts), model(tokens()), rtol=1e-5, atol=1e-5)
+
+
+def test_their_products_can_be_in_fp8() -> None:
+    """The projections of attention, and both layers of MLPs; the mixers keep theirs."""
+    model, _ = build(HYBRID)
+    before = {name: module.kernel for name, module in model.named_modules() if hasattr(module, "kernel")}
+    use_fp8({"recipe": "tensorwise"}, model, torch.device("cpu"))
+    products = {name: module.kernel for name, module in model.named_modules() if name in before}
+    changed = {name.removeprefix("sequential.") for name, kernel in products.items() if kernel is not before[name]}
+    blocks = {block + 2: kind for block, kind in enumerate(HYBRID)}
+    expected = {f"{layer}.mlp.linear{number}" for layer, kind in blocks.items() if kind == "mlp" for number in (1, 2)}
+    names = ("query_key_value", "dense")
+    expected |= {f"{layer}.attention.{name}" for layer, kind in blocks.items() if kind == "attention" for name in names}
+    assert changed == expected
