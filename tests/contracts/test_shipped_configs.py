@@ -49,6 +49,7 @@ PARAMETERS = {
     "t5/250M": 247_577_856,
     "t5/11B": 11_135_332_352,
     "qwen3_moe/30B-A3B": 30_532_122_624,
+    "qwen3_5/9B": 8_953_803_264,  # of transformers' class
     "qwen3_next/80B-A3B": 79_674_391_296,  # of transformers' class, without the module that predicts further tokens
     "qwen2_moe/14B-A2-7B": 14_315_784_192,
     "olmoe/7B-A1B": 6_919_161_856,

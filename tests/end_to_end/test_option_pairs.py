@@ -126,6 +126,23 @@ _AROUND: Factors = {
     "bounds": FACTORS["bounds"],
 }
 LATENT_FACTORS: Factors = {"latents": _LATENT_KINDS, **_AROUND, "layout": [TENSOR, PIPELINE]}
+_DELTA: Keys = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+    "rms_norm_epsilon": 1e-3,  # with less the norm of heads magnifies rounding
+}
+DELTA_FACTORS: Factors = {
+    "kinds": [
+        {**_DELTA, "attention_config": ["global", "gated_delta_net"]},
+        {**_DELTA, "attention_config": ["gated_delta_net", "global"], "linear_conv_kernel_dim": 2},
+    ],
+    **{name: values for name, values in _AROUND.items() if name != "types"},
+    "positions": [{}, {"pos_emb": "rotary"}, {"pos_emb": "none"}],
+    "gate": FACTORS["gate"],
+    "layout": [TENSOR, PIPELINE, {"zero_optimization": {"stage": 3}}],
+}
 FURTHER_FACTORS: Factors = {
     "further": [{"mtp_num_layers": 1}, {"mtp_num_layers": 2, "mtp_loss_scaling_factor": 0.5}],
     "attention": [{}, {"num_kv_heads": 2}, {"pos_emb": "alibi"}, {"pos_emb": "rpe"}, *_LATENT_KINDS[1:]],
@@ -154,6 +171,7 @@ APART_FACTORS: Factors = {
 TABLES: dict[str, tuple[Factors, int]] = {
     "all": (FACTORS, 120),
     "latents": (LATENT_FACTORS, 12),
+    "gated delta nets": (DELTA_FACTORS, 12),
     "further tokens": (FURTHER_FACTORS, 12),
     "blocks of one sublayer": (APART_FACTORS, 12),
 }

@@ -41,6 +41,28 @@ _LATENT: Settings = _ALL | {
     "qk_rope_head_dim": 64,
     "v_head_dim": 128,
 }
+_GATED: Settings = _ALL | {
+    "vocab_size": 248320,
+    "hidden_size": 2048,
+    "num_attention_heads": 16,
+    "head_dim": 256,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "partial_rotary_factor": 0.25,
+    "attention_bias": False,
+    "layer_types": None,
+    "full_attention_interval": None,  # 4: attention in every fourth block
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+}
+_SHARED: Settings = {
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512,
+    "router_aux_loss_coef": 0.001,
+}
 EXPERT_DEFAULTS: Mapping[str, Settings] = {
     "qwen2_moe": _QWEN
     | {
@@ -63,26 +85,33 @@ EXPERT_DEFAULTS: Mapping[str, Settings] = {
         "num_local_experts": 128,
         "attention_bias": False,
     },
-    "qwen3_next": {key: value for key, value in _QWEN.items() if not key.endswith("sliding_window")}
+    "qwen3_next": _GATED
     | {
+        "vocab_size": 151936,
         "intermediate_size": 5632,
         "num_hidden_layers": 48,
-        "num_attention_heads": 16,
         "num_key_value_heads": 2,
-        "head_dim": 256,
-        "partial_rotary_factor": 0.25,
-        "attention_bias": False,
-        "full_attention_interval": None,  # 4: attention in every fourth block
-        "linear_num_key_heads": 16,
-        "linear_num_value_heads": 32,
-        "linear_key_head_dim": 128,
-        "linear_value_head_dim": 128,
-        "linear_conv_kernel_dim": 4,
-        "moe_intermediate_size": 512,
-        "shared_expert_intermediate_size": 512,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": None,
         "num_experts_per_tok": 10,
         "num_experts": 512,
         "norm_topk_prob": True,
+        **_SHARED,
+    },
+    "qwen3_5_text": _GATED
+    | {
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 4,
+    },
+    "qwen3_5_moe_text": _GATED
+    | {
+        "num_hidden_layers": 40,
+        "num_key_value_heads": 2,
+        "num_experts_per_tok": 8,
+        "num_experts": 256,
+        **_SHARED,
     },
     "olmoe": _ALL
     | {

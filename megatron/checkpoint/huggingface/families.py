@@ -27,6 +27,7 @@ from megatron.checkpoint.huggingface.opt import OPT
 from megatron.checkpoint.huggingface.phi3 import PHI3
 from megatron.checkpoint.huggingface.plain_decoders import NEMOTRON, STARCODER2
 from megatron.checkpoint.huggingface.qwen import QWEN2, QWEN3
+from megatron.checkpoint.huggingface.qwen3_5 import QWEN3_5, QWEN3_5_MOE
 from megatron.checkpoint.huggingface.qwen3_next import QWEN3_NEXT
 from megatron.checkpoint.huggingface.qwen_moe import QWEN2_MOE, QWEN3_MOE
 from megatron.checkpoint.huggingface.smollm3 import SMOLLM3
@@ -55,7 +56,19 @@ LATER = (
     BERT,
     ROBERTA,
 )
-WITH_EXPERTS = (QWEN2_MOE, QWEN3_MOE, OLMOE, GLM4_MOE, DEEPSEEK_V2, DEEPSEEK_V3, GPT_OSS, NEMOTRON_H, QWEN3_NEXT)
+WITH_EXPERTS = (
+    QWEN2_MOE,
+    QWEN3_MOE,
+    OLMOE,
+    GLM4_MOE,
+    DEEPSEEK_V2,
+    DEEPSEEK_V3,
+    GPT_OSS,
+    NEMOTRON_H,
+    QWEN3_NEXT,
+    QWEN3_5,
+    QWEN3_5_MOE,
+)
 FAMILIES = {family.name: family for family in (*EARLIER, *LATER, *WITH_EXPERTS)}
 """In the order in which they are tried: a model that several can express keeps the family that it had."""
 

@@ -7,7 +7,7 @@ the delta net's heads. The modules that predict further tokens (`mtp.`) are left
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -39,6 +39,7 @@ from megatron.errors import ConfigError, ConfigIssue
 from megatron.param_table import DeltaDims, ModelDims
 from megatron.registry import GATED_DELTA_NET
 
+Projection = Callable[[str, str, DeltaDims], TensorMapping]
 LINEAR = "linear_attention"
 USUAL_PERIOD = 4
 """Every block of this number has attention where config.json does not list the kinds."""
@@ -54,14 +55,16 @@ _OTHERS: Settings = {
 }
 
 
-def _misfits(model: ModelSection) -> list[ConfigIssue]:
+def gated_misfits(model: ModelSection, family: str) -> list[ConfigIssue]:
+    """Returns what of a model a family with such blocks cannot say. family: its name, for messages."""
     attending = [kind for kind in model.attention_config or () if kind != GATED_DELTA_NET]
     given = model.model_copy(update={"attention_config": attending})
     others = {**_OTHERS, "activation": "swiglu", "sliding_window_width": None, "use_bias_in_mlp": False}
-    return decoder_misfits(given, "Qwen3-Next", **others, rotary_pct=model.rotary_pct)
+    return decoder_misfits(given, family, **others, rotary_pct=model.rotary_pct)
 
 
-def _config(model: ModelSection, padded_vocab_size: int) -> Settings:
+def gated_config(model: ModelSection, padded_vocab_size: int) -> Settings:
+    """Returns what config.json says of such blocks."""
     kinds = map(str, model.attention_config or ())
     return decoder_config(model, padded_vocab_size) | {
         "attention_bias": model.use_bias_in_attn_linear,
@@ -70,22 +73,26 @@ def _config(model: ModelSection, padded_vocab_size: int) -> Settings:
     }
 
 
-def _settings(theirs: Mapping[str, Any]) -> Settings:
+def gated_settings(theirs: Mapping[str, Any]) -> Settings:
+    """Returns our keys of such blocks."""
     check_config(theirs, {"hidden_act": "silu"})
     rotary = rotary_settings(theirs, base="rope_theta")
-    return (
-        decoder_settings({**theirs, "mlp_bias": False}, rotary)
-        | _OTHERS
-        | router_settings(theirs, "num_experts")
-        | placement(sparse_blocks(theirs))
-        | {
-            "attention_config": [GATED_DELTA_NET if kind == LINEAR else "global" for kind in _kinds(theirs)],
-            "moe_ffn_hidden_size": theirs["moe_intermediate_size"],
-            SHARED: theirs["shared_expert_intermediate_size"],
-            "moe_shared_expert_gate": True,
-            **{name: theirs[name] for name in SIZES},
-        }
-    )
+    kinds = [GATED_DELTA_NET if kind == LINEAR else "global" for kind in _kinds(theirs)]
+    sizes = {name: theirs[name] for name in SIZES}
+    return decoder_settings({**theirs, "mlp_bias": False}, rotary) | _OTHERS | {"attention_config": kinds} | sizes
+
+
+def shared_settings(theirs: Mapping[str, Any]) -> Settings:
+    """Returns our keys of experts with shared ones beside them."""
+    return router_settings(theirs, "num_experts") | {
+        "moe_ffn_hidden_size": theirs["moe_intermediate_size"],
+        SHARED: theirs["shared_expert_intermediate_size"],
+        "moe_shared_expert_gate": True,
+    }
+
+
+def _settings(theirs: Mapping[str, Any]) -> Settings:
+    return gated_settings(theirs) | shared_settings(theirs) | placement(sparse_blocks(theirs))
 
 
 def _kinds(theirs: Mapping[str, Any]) -> list[str]:
@@ -106,18 +113,11 @@ def _kinds(theirs: Mapping[str, Any]) -> list[str]:
     return list(found)
 
 
-def _mixer(dims: ModelDims, number: int, ours: str, theirs: str) -> list[TensorMapping] | None:
-    """The rows of a gated delta net; None for a block with attention.
+def mixer_rows(projection: Projection) -> Callable[[ModelDims, int, str, str], list[TensorMapping] | None]:
+    """Returns what gives the rows of a gated delta net, and None for a block with attention.
 
-    Args:
-        dims: Sizes of the model.
-        number: Of the block.
-        ours: What our names in the block begin with.
-        theirs: And theirs.
+    projection: (our name, begin of theirs, sizes) -> the row of the projection of the input.
     """
-    if dims.kind(number) != GATED_DELTA_NET:
-        return None
-    own, net = f"{ours}attention.", f"{theirs}linear_attn."
     names = {
         "A_log": "A_log",
         "dt_bias": "dt_bias",
@@ -125,19 +125,26 @@ def _mixer(dims: ModelDims, number: int, ours: str, theirs: str) -> list[TensorM
         "norm.scale": "norm.weight",
         "dense.weight": "out_proj.weight",
     }
-    rows = [same(f"{own}{mine}", f"{net}{other}") for mine, other in names.items()]
-    projections = (f"{net}in_proj_qkvz.weight", f"{net}in_proj_ba.weight")
-    return [*rows, _by_key_head(f"{own}in_proj.weight", projections, dims.mixers.delta)]
+
+    def rows(dims: ModelDims, number: int, ours: str, theirs: str) -> list[TensorMapping] | None:
+        if dims.kind(number) != GATED_DELTA_NET:
+            return None
+        own, net = f"{ours}attention.", f"{theirs}linear_attn."
+        found = [same(f"{own}{mine}", f"{net}{other}") for mine, other in names.items()]
+        return [*found, projection(f"{own}in_proj.weight", net, dims.mixers.delta)]
+
+    return rows
 
 
-def _by_key_head(ours: str, theirs: tuple[str, str], sizes: DeltaDims) -> TensorMapping:
+def _by_key_head(ours: str, net: str, sizes: DeltaDims) -> TensorMapping:
     """Ours has all queries, keys, values, gates, strengths and decays; theirs those of each key head together.
 
     Args:
         ours: Our name.
-        theirs: Their names: of the first four, and of the last two.
+        net: What their names begin with: of the first four, and of the last two.
         sizes: Of the gated delta net.
     """
+    theirs = (f"{net}in_proj_qkvz.weight", f"{net}in_proj_ba.weight")
     heads = sizes.key_heads
     widths = [width // heads for width in sizes.projected]
 
@@ -198,10 +205,18 @@ def _mixer_config(model: ModelSection, mixers: MixersSection) -> Settings:
     return {name: getattr(mixers, name) for name in SIZES}
 
 
-def _expert_misfits(model: ModelSection, moe: MoeSection) -> list[ConfigIssue]:
-    errors = expert_misfits(moe, "Qwen3-Next", SAID | {SHARED}, moe_shared_expert_gate=True)
+def shared_misfits(moe: MoeSection, family: str, free: frozenset[str], **others: object) -> list[ConfigIssue]:
+    """Returns what of a moe section a family with gated shared experts cannot say.
+
+    Args:
+        moe: The moe section.
+        family: Its name, for messages.
+        free: Keys whose value its configuration says.
+        others: Keys of which it has one value.
+    """
+    errors = expert_misfits(moe, family, free | {SHARED}, moe_shared_expert_gate=True, **others)
     if moe.moe_shared_expert_intermediate_size is None:
-        errors.append(ConfigIssue("a Qwen3-Next model has shared experts", key=SHARED))
+        errors.append(ConfigIssue(f"a {family} model has shared experts", key=SHARED))
     return errors
 
 
@@ -212,20 +227,20 @@ def _experts_config(model: ModelSection, moe: MoeSection) -> Settings:
     }
 
 
+GATED_NAMES = replace(NAMES, head_norms=HEAD_NORMS, projections=_attention, experts=expert_rows("shared_expert"))
+MIXERS = Mixers(frozenset({GATED_DELTA_NET}), lambda model, mixers: [], _mixer_config)
 QWEN3_NEXT = ModelFamily(
     name="qwen3_next",
     model_type="qwen3_next",
     architecture="Qwen3NextForCausalLM",
-    misfits=_misfits,
-    config=_config,
+    misfits=lambda model: gated_misfits(model, "Qwen3-Next"),
+    config=gated_config,
     settings=_settings,
-    table=replace(
-        NAMES, head_norms=HEAD_NORMS, projections=_attention, mixer=_mixer, experts=expert_rows("shared_expert")
-    ).table,
+    table=replace(GATED_NAMES, mixer=mixer_rows(_by_key_head)).table,
     spare=(".rotary_emb.inv_freq",),
     spare_modules=("mtp.",),
     parts=frozenset({"attention_output_gate"}),
     prefix="model.",
-    experts=ExpertsMapping(_expert_misfits, _experts_config),
-    mixers=Mixers(frozenset({GATED_DELTA_NET}), lambda model, mixers: [], _mixer_config),
+    experts=ExpertsMapping(lambda model, moe: shared_misfits(moe, "Qwen3-Next", SAID), _experts_config),
+    mixers=MIXERS,
 )

@@ -64,7 +64,7 @@ def _yarn(turned: int, base: float, scaling: Mapping[str, Any], length: int) -> 
     if scaling.get("truncate", True):
         fast, slow = math.floor(fast), math.ceil(slow)
     low, high = max(fast, 0), min(slow, turned - 1)
-    ramp = (torch.arange(turned // 2, dtype=torch.float32, device="cpu") - low) / max(high - low, 0.001)
+    ramp = (torch.arange(turned // 2, dtype=torch.float32, device="cpu") - low) / (high - low or 0.001)
     scaled_part = ramp.clamp(0, 1)
     plain = frequencies(turned, base)
     attention = scaling.get("attention_factor") or _yarn_attention(scaling)

@@ -65,13 +65,13 @@ from transformers import (
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
-    Qwen3NextConfig,
-    Qwen3NextForCausalLM,
     SmolLM3Config,
     SmolLM3ForCausalLM,
     Starcoder2Config,
     Starcoder2ForCausalLM,
 )
+
+from tests.checkpoint.huggingface.gated_models import GATED_DENSE, GATED_MIXTURES
 
 VOCABULARY = 96
 _NEOX = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -166,6 +166,7 @@ DENSE: dict[str, Callable[[], PreTrainedModel]] = {
     "starcoder2": lambda: Starcoder2ForCausalLM(Starcoder2Config(**_without("rms_norm_eps"), sliding_window=6)),
     "nemotron": lambda: NemotronForCausalLM(NemotronConfig(**_without("rms_norm_eps"), attention_bias=True)),
     "apertus": lambda: ApertusForCausalLM(ApertusConfig(**_NEW, attention_bias=True)),
+    **GATED_DENSE,
     "mamba2": lambda: Mamba2ForCausalLM(Mamba2Config(**_MAMBA2, n_groups=2, chunk_size=8)),
 }
 """The dense families whose blocks differ from LLaMA's in more than their numbers -> makes the model."""
@@ -216,20 +217,6 @@ _NEMOTRON_H = {
     "moe_shared_expert_intermediate_size": 40,
     "pad_token_id": None,
 }
-_NEXT = {
-    **_NEW,
-    "rms_norm_eps": 1e-3,  # with less the norm of heads magnifies rounding
-    "num_experts": 8,
-    "num_experts_per_tok": 3,
-    "moe_intermediate_size": 24,
-    "shared_expert_intermediate_size": 40,
-    "head_dim": 24,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 12,
-    "linear_value_head_dim": 16,
-    "rope_parameters": {"partial_rotary_factor": 0.25, **_PLAIN},
-}
 MIXTURES: dict[str, Callable[[], PreTrainedModel]] = {
     "qwen2_moe": lambda: Qwen2MoeForCausalLM(
         Qwen2MoeConfig(
@@ -252,16 +239,7 @@ MIXTURES: dict[str, Callable[[], PreTrainedModel]] = {
             head_dim=24,
         )
     ),
-    "qwen3_next": lambda: Qwen3NextForCausalLM(Qwen3NextConfig(**_NEXT)),
-    "qwen3_next, biases, dense blocks, one kind": lambda: Qwen3NextForCausalLM(
-        Qwen3NextConfig(
-            **{**_NEXT, "num_hidden_layers": 2, "linear_num_value_heads": 2},
-            layer_types=["linear_attention", "full_attention"],
-            attention_bias=True,
-            mlp_only_layers=[0],
-            norm_topk_prob=False,
-        )
-    ),
+    **GATED_MIXTURES,
     "olmoe": lambda: OlmoeForCausalLM(OlmoeConfig(**_NEW, num_experts=8, num_experts_per_tok=3)),
     "glm4_moe": lambda: Glm4MoeForCausalLM(
         Glm4MoeConfig(
@@ -395,5 +373,5 @@ def tokens() -> torch.Tensor:
     return torch.randint(0, VOCABULARY, (3, 24), generator=torch.Generator().manual_seed(3))
 
 
-OF_LATER_RELEASES = frozenset(name for name in MODELS if name.startswith(("mamba2", "nemotron_h")))
-"""Those that 4.57.6 computes otherwise (the norm of Mamba-2 is of all groups together there) or does not have."""
+OF_LATER_RELEASES = frozenset(name for name in MODELS if name.startswith(("mamba2", "nemotron_h", "qwen3_5")))
+"""Those that 4.57.6 does not have, or computes otherwise (the norm of Mamba-2 is of all groups together there)."""

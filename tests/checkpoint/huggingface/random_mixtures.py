@@ -42,18 +42,35 @@ def qwen3_moe(chance: random.Random, llama: Settings) -> Settings:
     return found | sparse(chance, found["num_hidden_layers"])
 
 
-def qwen3_next(chance: random.Random, llama: Settings) -> Settings:
-    found = experts(chance, llama, "num_experts", shared_expert_intermediate_size=chance.choice([8, 24]))
-    layers, heads = found["num_hidden_layers"], chance.choice([1, 2])
+def gated(chance: random.Random, llama: Settings) -> Settings:
+    """Blocks of attention and gated delta nets; releases before 5 need one of each kind."""
+    layers, heads = chance.choice([2, 3]), chance.choice([1, 2])
+    found: Settings = {**llama, "num_hidden_layers": layers, "pad_token_id": None}
+    found.pop("mlp_bias", None)
     found |= {"linear_num_key_heads": heads, "linear_num_value_heads": heads * chance.choice([1, 3])}
     found |= {"linear_key_head_dim": chance.choice([8, 12]), "linear_value_head_dim": chance.choice([8, 16])}
     found |= {"linear_conv_kernel_dim": chance.choice([2, 4]), "hidden_act": rarely(chance, "gelu", "silu")}
     if chance.random() < 0.5:
-        kinds = ["linear_attention", rarely(chance, "sliding_attention", "full_attention")]
-        found["layer_types"] = [chance.choice(kinds) for _ in range(layers)]
-    elif chance.random() < 0.5:
-        found["full_attention_interval"] = chance.choice([1, 2])
-    return {**found, **sparse(chance, layers), "use_sliding_window": False}
+        other = rarely(chance, "sliding_attention", "full_attention")
+        between = [chance.choice(["linear_attention", other]) for _ in range(layers - 2)]
+        return found | {"layer_types": ["linear_attention", *between, "full_attention"]}
+    return found | {"full_attention_interval": rarely(chance, 4, layers)}
+
+
+def qwen3_next(chance: random.Random, llama: Settings) -> Settings:
+    found = gated(chance, llama)
+    found |= experts(chance, {**found, "mlp_bias": False}, "num_experts", **shared(chance))
+    return {**found, **sparse(chance, found["num_hidden_layers"]), "use_sliding_window": False}
+
+
+def qwen3_5_moe(chance: random.Random, llama: Settings) -> Settings:
+    found = gated(chance, llama)
+    found |= experts(chance, {**found, "mlp_bias": False}, "num_experts", **shared(chance))
+    return {key: value for key, value in found.items() if key not in ("intermediate_size", "norm_topk_prob")}
+
+
+def shared(chance: random.Random) -> Settings:
+    return {"shared_expert_intermediate_size": chance.choice([8, 24])}
 
 
 def olmoe(chance: random.Random, llama: Settings) -> Settings:
@@ -118,6 +135,8 @@ MIXTURES: dict[str, Callable[[random.Random, Settings], Settings]] = {
     "qwen2_moe": qwen2_moe,
     "qwen3_moe": qwen3_moe,
     "qwen3_next": qwen3_next,
+    "qwen3_5_text": gated,
+    "qwen3_5_moe_text": qwen3_5_moe,
     "olmoe": olmoe,
     "glm4_moe": glm4_moe,
     "deepseek_v2": deepseek_v2,

@@ -54,6 +54,8 @@ SIZES: dict[str, dict[str, Any]] = {
     "qwen2_moe": {**EXPERTS, "num_experts": 8, "shared_expert_intermediate_size": 24},
     "qwen3_moe": {**EXPERTS, "num_experts": 8, "num_experts_per_tok": 4},
     "qwen3_next": {**EXPERTS, "num_experts": 8, "num_experts_per_tok": 4, "num_hidden_layers": 4},
+    "qwen3_5_text": {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 4, "intermediate_size": 40},
+    "qwen3_5_moe_text": {**EXPERTS, "num_experts": 8, "num_experts_per_tok": 4, "num_hidden_layers": 4},
     "olmoe": {**EXPERTS, "num_experts": 8, "num_experts_per_tok": 4},
     "gpt_oss": {**EXPERTS, "num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 2},
     "glm4_moe": {**EXPERTS, "n_routed_experts": 16, "num_hidden_layers": 2},
@@ -80,7 +82,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "mamba2": {"hidden_size": 256, "num_hidden_layers": 1, "num_heads": 8},
 }
 """Sizes that keep a model small; everything else is left out."""
-ROUNDING = {"deepseek_v3": 1e-4, "qwen3_next": 3e-5}
+ROUNDING = {"deepseek_v3": 1e-4, "qwen3_next": 3e-5, "qwen3_5_text": 3e-5, "qwen3_5_moe_text": 3e-5}
 """Scores of latents of 1,536 random features reach 50, and both sides are 2e-5 to 5e-5 from float64. The norm of heads
 divides values near zero by 1e-3, and both sides of Qwen3-Next are 1e-5 from float64."""
 
