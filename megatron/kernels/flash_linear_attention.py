@@ -1,6 +1,7 @@
 """The gated delta rule of the package flash-linear-attention, for CUDA; else that of kernels/gated_delta.py.
 
-The package's kernels take whole sequences: documents that are kept apart and padded rows go to the plain ones.
+The package's kernels take whole sequences: documents that are kept apart, padded rows and single tokens go to the plain
+ones.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from megatron.kernels.gated_delta import DeltaInputs, DeltaRule, gated_delta
+from megatron.kernels.gated_delta import SHORT, DeltaInputs, DeltaRule, gated_delta
 
 PACKAGE = "fla"
 
@@ -35,7 +36,7 @@ def fused_gated_delta(
         starts: first position that each position sees [b, s].
         valid: valid positions [b, s].
     """
-    if starts is not None or valid is not None:
+    if starts is not None or valid is not None or x.q.shape[1] <= SHORT:
         return gated_delta(x, state, starts, valid)
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
