@@ -113,6 +113,8 @@ def _train(config: Config, topology: Topology, stop: Stop, watchdog: Watchdog, h
     leads = builds_index_maps(config)
     if config.checkpoint.save is not None:
         check_writable(config.checkpoint.save, leads=leads)
+    if config.task.task_predictions is not None:
+        check_writable(config.task.task_predictions, leads=leads, key="task_predictions", what="predictions")
     if config.checkpoint.save_hf_every is not None:
         from megatron.training.huggingface_folder import check_family  # reads every family
 

@@ -13,6 +13,7 @@ import torch
 from megatron.checkpoint.format.weight_shards import WeightFiles
 from megatron.data.indexed.writer import DatasetWriter
 from tests.end_to_end.runs import run_all, series
+from tests.multi_rank import RankFailedError
 
 CLASSES = ("north", "south", "west")
 FILLERS = [f"w{number}" for number in range(24)]
@@ -156,3 +157,13 @@ def sentences(folder: Path, vocabulary: str) -> str:
             words = [VOCABULARY.index(word) for word in row["text"].split()]
             writer.add_document(np.array(words, np.int32))
     return str(folder / "d")
+
+
+def test_predictions_that_cannot_be_written_are_refused_before_the_first_step(
+    task: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        RankFailedError, match=r"task_predictions = .*predictions cannot be written there: Not a directory"
+    ):
+        run_all(1, tmp_path, {"one": {**task, "task_predictions": str(tmp_path / "file/predictions")}})

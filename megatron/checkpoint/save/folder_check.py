@@ -27,10 +27,14 @@ _log = get_logger(__name__)
 _NAMED = 6  # iterations in a message
 
 
-def check_writable(save: str, *, leads: bool) -> None:
+def check_writable(save: str, *, leads: bool, key: str = "save", what: str = "checkpoints") -> None:
     """Makes the folder and writes a file in it, which is removed again. Collective; ConfigError on every rank.
 
-    leads: whether this rank does so, one rank for each file system.
+    Args:
+        save: the folder.
+        leads: whether this rank does so, one rank for each file system.
+        key: what named it.
+        what: what is to be written.
     """
     errors: list[str] = []
     if leads:
@@ -45,8 +49,8 @@ def check_writable(save: str, *, leads: bool) -> None:
     found = all_gather_items(errors)
     if found:
         raise ConfigError.of(
-            f"checkpoints cannot be written there: {found[0]}",
-            key="save",
+            f"{what} cannot be written there: {found[0]}",
+            key=key,
             value=save,
             hint="give a folder that this user can make and write to",
         )
