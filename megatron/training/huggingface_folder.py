@@ -64,7 +64,9 @@ class FolderOptions:
 DEFAULTS = FolderOptions()
 
 
-def check_family(model: ModelSection, moe: MoeSection, mixers: MixersSection, mup: MupSection) -> None:
+def check_family(
+    model: ModelSection, moe: MoeSection, mixers: MixersSection, mup: MupSection, preferred: str | None = None
+) -> None:
     """Raises ConfigError naming each key that no family can express.
 
     Args:
@@ -72,9 +74,10 @@ def check_family(model: ModelSection, moe: MoeSection, mixers: MixersSection, mu
         moe: Section of experts.
         mixers: Section of blocks without attention.
         mup: Section of muP.
+        preferred: Name of the family to try first.
     """
     ConfigError.raise_any(fold_misfits(mup, model))
-    family_for(model, moe, mixers, None)
+    family_for(model, moe, mixers, None, preferred)
 
 
 def write_folder(stored: StoredModel, output: Path, say: Say, options: FolderOptions = DEFAULTS) -> Exported:

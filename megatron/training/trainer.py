@@ -118,7 +118,7 @@ def _train(config: Config, topology: Topology, stop: Stop, watchdog: Watchdog, h
     if config.checkpoint.save_hf_every is not None:
         from megatron.training.huggingface_folder import check_family  # reads every family
 
-        check_family(config.model, config.moe, config.mixers, config.mup)
+        check_family(config.model, config.moe, config.mixers, config.mup, config.checkpoint.hf_architecture)
     tokenizer = build_tokenizer(config.tokenizer)
     make_available(config.checkpoint, shared=config.data.use_shared_fs)
     config = with_pretrained(config)

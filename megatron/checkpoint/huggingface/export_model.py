@@ -98,7 +98,7 @@ def export(
     ConfigError.raise_any(fold_misfits(stored.mup, stored.model))
     stored = merged(stored)
     model = options.applied(stored.model)
-    family = family_for(model, stored.moe, stored.mixers, family_name)
+    family = family_for(model, stored.moe, stored.mixers, family_name, stored.architecture)
     dims = ModelDims.of(model, stored.moe, stored.mixers)
     rows = vocabulary(stored, tokens)
     dtype = PRECISIONS.get(precision)

@@ -73,21 +73,32 @@ FAMILIES = {family.name: family for family in (*EARLIER, *LATER, *WITH_EXPERTS)}
 """In the order in which they are tried: a model that several can express keeps the family that it had."""
 
 
-def family_for(model: ModelSection, moe: MoeSection, mixers: MixersSection, name: str | None = None) -> ModelFamily:
-    """The family that can express a model: the named one, else the first that can.
+def family_for(
+    model: ModelSection,
+    moe: MoeSection,
+    mixers: MixersSection,
+    name: str | None = None,
+    preferred: str | None = None,
+) -> ModelFamily:
+    """The family that can express a model: the named one, else the preferred one, else the first that can.
 
-    Raises ConfigError that names each key in the way.
+    Raises ConfigError that names each key in the way, and for a name that is no family's.
 
     Args:
         model: Shape and parts of the model.
         moe: Settings of experts.
         mixers: Settings of Mamba and other mixers.
-        name: Name of a family; None takes the first that fits.
+        name: Name of a family; None takes one that fits.
+        preferred: Name of the family to try first.
     """
+    if preferred is not None and preferred not in FAMILIES:
+        hint = f"there are {', '.join(sorted(FAMILIES))}"
+        raise ConfigError.of("there is no such family", key="hf_architecture", value=preferred, hint=hint)
     if name is not None:
         ConfigError.raise_any(_misfits(FAMILIES[name], model, moe, mixers))
         return FAMILIES[name]
-    errors = {family.name: _misfits(family, model, moe, mixers) for family in FAMILIES.values()}
+    order = sorted(FAMILIES.values(), key=lambda family: family.name != preferred)
+    errors = {family.name: _misfits(family, model, moe, mixers) for family in order}
     for known, found in errors.items():
         if not found:
             return FAMILIES[known]

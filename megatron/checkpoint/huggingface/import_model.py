@@ -69,6 +69,7 @@ def adopt(
         adapter: A folder of peft with low-rank updates of this model, which become `lora`.
     """
     settings = folder.settings() | {"vocab_size": folder.rows, "make_vocab_size_divisible_by": 1}
+    settings["hf_architecture"] = folder.family.name
     script = CONVERSION if folder.family.encoder else "generate.py"
     flags = {**settings, "user_script": script}
     if not folder.family.encoder_decoder:

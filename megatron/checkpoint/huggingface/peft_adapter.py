@@ -72,7 +72,7 @@ def export_adapter(
             hint="leave --adapter-only out",
         )
     plain = stored.model.model_copy(update={"lora": None, "soft_prompt_tuning": None})
-    family = family_for(plain, stored.moe, stored.mixers, family_name)
+    family = family_for(plain, stored.moe, stored.mixers, family_name, stored.architecture)
     dims = ModelDims.of(plain, stored.moe, stored.mixers)
     saved = SavedModules.of(stored, tokens, base_model)
     dtype = PRECISIONS.get(precision) or stored.full_tensor(stored.table[0]).dtype

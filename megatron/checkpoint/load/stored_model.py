@@ -18,6 +18,7 @@ from megatron.checkpoint.format.optimizer_shards import MASTER, OptimizerState
 from megatron.checkpoint.format.weight_shards import StoredWeights, WeightFiles, key_of
 from megatron.checkpoint.load.merge_shards import assemble
 from megatron.config import resolve, serialize
+from megatron.config.schema.checkpoint import CheckpointSection
 from megatron.config.schema.generation import GenerationSection
 from megatron.config.schema.mixers import MixersSection
 from megatron.config.schema.model import ModelSection
@@ -55,6 +56,9 @@ class _Described(Protocol):
     @property
     def task(self) -> TaskSection: ...
 
+    @property
+    def checkpoint(self) -> CheckpointSection: ...
+
 
 @dataclass(frozen=True)
 class StoredModel:
@@ -84,6 +88,8 @@ class StoredModel:
     """The optimizer's fp32 copies, where kept."""
     labels: tuple[str, ...]
     """Names of a classifier's classes."""
+    architecture: str | None
+    """Family in transformers that it is of, if that is known."""
 
     def full_tensor(self, shape: TensorShape, *, precise: bool = False) -> Tensor:
         """The global tensor as stored; precise: the optimizer's fp32 copy of it, if there is one."""
@@ -130,7 +136,16 @@ def open_model(path: Path, *, iteration: int | None = None, config_files: Sequen
     table = tuple(tensors(ModelDims.of(model, moe, mixers), rows))
     masters = OptimizerState.open(directory, {key_of(shape): shape for shape in table})
     sections = (model, moe, mixers, config.mup, tokenizer, config.generation)
-    stored = StoredModel(directory, *sections, table, rows, weights, masters, config.task.task_labels or ())
+    stored = StoredModel(
+        directory,
+        *sections,
+        table,
+        rows,
+        weights,
+        masters,
+        config.task.task_labels or (),
+        config.checkpoint.hf_architecture,
+    )
     _compare(stored)
     return stored
 
