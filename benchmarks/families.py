@@ -33,6 +33,7 @@ from megatron.data.dataset.batch import MicroBatch
 from megatron.distributed.init import init_distributed
 from megatron.distributed.mesh import Topology
 from megatron.engine.builder import build_inference_engine, build_training_engine
+from megatron.errors import RunError
 from megatron.inference.sampling import Sampler, Sampling
 from megatron.inference.token_loop import Limits, RunningSequence, decode
 from megatron.param_table import ModelDims, tensors
@@ -155,7 +156,8 @@ def generation(folder: Path, theirs: Any) -> tuple[Step, Step]:
 
     their_step()
     step()
-    assert found["ours"] == found["theirs"], "the texts differ"
+    if found["ours"] != found["theirs"]:
+        raise RunError.of("the texts differ", location=str(folder))
     return their_step, step
 
 

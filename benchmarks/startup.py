@@ -2,8 +2,8 @@
 
     python benchmarks/startup.py [--workers 2] [--runs 3]
 
-The model is tiny, so this is the launcher, the imports, the process group, DeepSpeed's engine and one step. DeepSpeed's
-one-time compilation of its CPU collectives is done by a first launch that is not counted.
+The model is tiny, so this is the launcher, the imports, the process group, DeepSpeed's engine and one step. The
+one-time compilation of CPU kernels is done by a first launch that is not counted.
 """
 
 from __future__ import annotations

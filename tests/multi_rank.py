@@ -17,7 +17,6 @@ import multiprocessing
 import os
 import pickle
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,12 +30,9 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from megatron.extensions_dir import extensions_folder
 from megatron.launcher.commands.local import KEEP_FREED_MEMORY
-from megatron.launcher.preflight import CPU_OP
 from megatron.ranks import free_port
 
-BUILD_SECONDS = 900  # a loaded machine compiles for minutes
 PRELOADED = [
     "tests.cpu_info",
     "torch",
@@ -95,7 +91,6 @@ def run_distributed(
     timeout [s]: for the whole call. Raises RankFailedError with the traceback of the rank that raised, or, after the
     timeout, with the stack of each rank. The remaining ranks are killed in both cases.
     """
-    _compile_once()
     work = pickle.dumps((function, args))
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         ranks = _start(work, world_size, Path(folder), timeout, backend)
@@ -128,13 +123,6 @@ def _call_each(rank: int, world_size: int, cases: dict[Any, tuple[Any, ...]]) ->
             raise
         gc.collect()  # the next one starts with nothing of this one alive
     return results
-
-
-def _compile_once() -> None:
-    """DeepSpeed's CPU collectives, compiled outside any call's timeout where that was never done."""
-    if not (extensions_folder(os.environ) / CPU_OP / f"{CPU_OP}.so").exists():
-        command = "from megatron.distributed.init import load_cpu_collectives; load_cpu_collectives()"
-        subprocess.run([sys.executable, "-c", command], check=True, timeout=BUILD_SECONDS)
 
 
 def _start(work: bytes, world_size: int, folder: Path, timeout: float, backend: str) -> list[_Rank]:
@@ -220,9 +208,9 @@ def _call(work: bytes, backend: str, store: Path) -> Any:
     import deepspeed
     import torch
 
-    from megatron.distributed.init import load_cpu_collectives
+    from megatron.distributed.init import without_shared_memory
 
-    load_cpu_collectives()
+    without_shared_memory()
     torch.set_num_threads(1)
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     deepspeed.init_distributed(

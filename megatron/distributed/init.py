@@ -18,16 +18,12 @@ import torch
 import torch.distributed as dist
 
 from megatron.distributed.mesh import Topology
-from megatron.distributed.op_build import build_lock
-from megatron.distributed.process_group import any_rank, barrier
 from megatron.distributed.timeouts import record_collectives, set_collective_timeout
 from megatron.errors import ConfigError, RunError
-from megatron.log import get_logger
 from megatron.ranks import Ranks, free_port
-from megatron.shared_memory import SEGMENT_BYTES, free_memory, remove_segment, reserve_segment, segment
 
-log = get_logger(__name__)
-
+SHARED_MEMORY_OP = "deepspeed_shm_comm"
+"""DeepSpeed's name of its shared-memory collectives."""
 ACCELERATOR = "DS_ACCELERATOR"
 """The environment variable that says what ranks run on: cuda or cpu."""
 
@@ -93,7 +89,6 @@ def init_distributed(
     _use_deterministic_algorithms(deterministic)
     record_collectives()
     _init_process_group("gloo" if not on_gpu else backend, ranks, timeout_seconds)
-    _release_segment(ranks)
     topology = Topology.build(
         pipe=pipe,
         context=context_parallel_size,
@@ -134,7 +129,7 @@ def _init_process_group(backend: str, ranks: Ranks, timeout_seconds: float) -> N
     """Initializes torch.distributed through DeepSpeed; a process started alone gets its own address."""
     import deepspeed
 
-    load_cpu_collectives()
+    without_shared_memory()
     os.environ.setdefault("RANK", str(ranks.rank))
     os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))
     os.environ.setdefault("WORLD_SIZE", str(ranks.world_size))
@@ -143,10 +138,7 @@ def _init_process_group(backend: str, ranks: Ranks, timeout_seconds: float) -> N
         os.environ.setdefault("MASTER_PORT", str(free_port()))
     timeout = timedelta(seconds=timeout_seconds)
     try:
-        if not torch.cuda.is_available() and not dist.is_initialized():
-            dist.init_process_group(backend, timeout=timeout)
-            _reserve_segments(ranks)
-        with contextlib.redirect_stdout(sys.stderr):  # it reports the op on stdout, which belongs to the run's output
+        with contextlib.redirect_stdout(sys.stderr):  # what it prints does not belong to the run's output
             deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
     except dist.DistNetworkError as error:
         raise RunError.of(
@@ -156,52 +148,15 @@ def _init_process_group(backend: str, ranks: Ranks, timeout_seconds: float) -> N
         ) from error
 
 
-def _reserve_segments(ranks: Ranks) -> None:
-    """Reserves this rank's shared memory; where a rank has none, DeepSpeed does without on all. Collective.
+def without_shared_memory() -> None:
+    """Keeps DeepSpeed from compiling and loading its shared-memory collectives.
 
-    Nothing that is trained or generated here calls the collectives that it is for: those of torch compute the same.
+    They serve its own tensor-parallel inference alone, which nothing here calls, for half a minute of compilation and
+    66 MiB in /dev/shm for each rank. Source: DeepSpeed 0.19.8, deepspeed/comm/torch.py (inference_all_reduce).
     """
     import deepspeed
-    from deepspeed.accelerator import get_accelerator
 
-    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
-    compatible = builder is not None and deepspeed.ops.__compatible_ops__.get(builder.NAME, False)
-    # DeepSpeed makes segments where this variable says that all ranks are on one host.
-    used = compatible and os.environ.get("LOCAL_SIZE") == str(ranks.world_size)
-    if not any_rank(used and not reserve_segment(os.environ, ranks.rank)):
-        return
-    remove_segment(os.environ, ranks.rank)
-    deepspeed.ops.__compatible_ops__[builder.NAME] = False
-    barrier()
-    if ranks.rank == 0:
-        log.warning(
-            "%s, and DeepSpeed's CPU collectives take %d MiB a rank: the run does without them, with the same results "
-            "(in a container: docker run --shm-size=1g)",
-            free_memory(),
-            SEGMENT_BYTES >> 20,
-        )
-
-
-def _release_segment(ranks: Ranks) -> None:
-    """Unlinks this rank's shared memory, once every rank has opened it. Collective."""
-    if torch.cuda.is_available() or not any_rank(segment(os.environ, ranks.rank).exists()):
-        return
-    barrier()
-    remove_segment(os.environ, ranks.rank)
-
-
-def load_cpu_collectives() -> None:
-    """Loads DeepSpeed's compiled CPU collectives, and compiles them first if necessary."""
-    import deepspeed
-    from deepspeed.accelerator import get_accelerator
-
-    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
-    if get_accelerator().device_name() != "cpu" or builder is None:
-        return
-    if not deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
-        return  # optional for DeepSpeed
-    with build_lock(builder):
-        builder.load(verbose=False)
+    deepspeed.ops.__compatible_ops__[SHARED_MEMORY_OP] = False
 
 
 def _use_deterministic_algorithms(deterministic: bool) -> None:

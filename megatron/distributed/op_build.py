@@ -35,7 +35,7 @@ def build_lock(builder: Any) -> Iterator[None]:
 def prepend_interpreter_to_path(environment: MutableMapping[str, str]) -> None:
     """Puts the folder of this interpreter first in PATH, as an activated virtual environment does.
 
-    DeepSpeed asks ninja whether its compiled collectives are up to date. Two versions of ninja ignore each other's
+    DeepSpeed asks ninja whether its compiled operators are up to date. Two versions of ninja ignore each other's
     records, so alternating between them would recompile for half a minute every time.
     """
     programs = str(Path(sys.executable).parent)

@@ -24,7 +24,7 @@ from megatron.launcher.commands.local import (
 from megatron.launcher.commands.multi_host import HOSTFILE, OVER_SSH, multi_host_command
 from megatron.launcher.dry_run import as_json, as_text, values_as_text
 from megatron.launcher.hosts import SCHEDULERS, Hosts, local_names, without_user
-from megatron.launcher.preflight import check, gpu_layers
+from megatron.launcher.preflight import check, gpu_layers, uses_host_adam
 from megatron.launcher.rank_env import without_rank_env
 from megatron.launcher.resolve import Resolved, launcher_of, refuse_unsupported, resolve_request
 from megatron.launcher.run_directory import (
@@ -114,6 +114,7 @@ def _attempt(request: LaunchRequest, resolved: Resolved, folder: Path) -> Outcom
         zero=config.deepspeed.zero_optimization,
         gpu_layers=gpu_layers(config, request.script),
         kernels=kernel_issues(config, machines.accelerator),
+        host_adam=uses_host_adam(config, request.script),
     )
     print(as_text(resolved), end="", file=sys.stderr, flush=True)
     launcher = launcher_of(config.launch)

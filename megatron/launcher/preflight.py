@@ -1,7 +1,7 @@
 """Checks dependencies before starting workers and reports them as config errors.
 
-DeepSpeed compiles its CPU collectives once, on first use, with g++, ninja and Python's headers. The compiled library is
-cached (see extensions_dir.py); from then on only ninja is needed, to check whether it is up to date.
+DeepSpeed compiles its Adam for the host once, on first use, with g++, ninja and Python's headers. The compiled library
+is cached (see extensions_dir.py); from then on only ninja is needed, to check whether it is up to date.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from typing import Any
 from megatron.config import Config
 from megatron.errors import ConfigError, ConfigIssue
 from megatron.extensions_dir import extensions_folder
+from megatron.registry import CPU_OFFLOAD, OPTIMIZERS
 
-CPU_OP = "deepspeed_shm_comm"
+HOST_ADAM = "cpu_adam"
+"""DeepSpeed's name of the operator."""
 CPUINFO = Path("/proc/cpuinfo")
 
 
@@ -37,6 +39,7 @@ def check(
     zero: Mapping[str, Any] | None = None,
     gpu_layers: Iterable[str] = (),
     kernels: Iterable[ConfigIssue] = (),
+    host_adam: bool = False,
 ) -> None:
     """Raises ConfigError with everything that is missing.
 
@@ -47,6 +50,7 @@ def check(
         zero: the ZeRO block.
         gpu_layers: keys of layers that need a GPU.
         kernels: issues of kernels that are asked for by name.
+        host_adam: whether DeepSpeed's Adam for the host is compiled.
     """
     missing = [
         ConfigIssue(f"the package {name} is not installed", hint="pip install -r requirements/requirements.txt")
@@ -67,15 +71,20 @@ def check(
         missing += [ConfigIssue(what, key=key, value=True, hint=hint) for key in gpu_layers]
     if any(isinstance(value, Mapping) and value.get("device") == "nvme" for value in (zero or {}).values()):
         missing += missing_for_disk(environment)
-    if accelerator == "cpu":
-        folder = op_folder(environment)
-        missing += missing_for_build(environment, built=(folder / f"{CPU_OP}.so").exists())
+    if host_adam:
+        missing += missing_for_build(environment, built=(op_folder(environment) / f"{HOST_ADAM}.so").exists())
     ConfigError.raise_any([*missing, *kernels])
 
 
 def gpu_layers(config: Config, script: str | Path) -> tuple[str, ...]:
     """Returns the keys of layers that need a GPU; only training uses them."""
     return config.transformer_engine.layers if Path(script).name == "train.py" else ()
+
+
+def uses_host_adam(config: Config, script: str | Path) -> bool:
+    """Returns whether the optimizer is DeepSpeed's for the host; only training uses it."""
+    offloads = OPTIMIZERS.entry(config.optimizer.optimizer_type).traits >= CPU_OFFLOAD
+    return Path(script).name == "train.py" and offloads
 
 
 def computes_in_fp16(cpuinfo: Path) -> bool:
@@ -106,13 +115,13 @@ def missing_for_disk(environment: Mapping[str, str]) -> list[ConfigIssue]:
 
 
 def op_folder(environment: Mapping[str, str]) -> Path:
-    """Returns the folder of DeepSpeed's compiled CPU collectives."""
-    return extensions_folder(environment) / CPU_OP
+    """Returns the folder of DeepSpeed's compiled Adam for the host."""
+    return extensions_folder(environment) / HOST_ADAM
 
 
 def missing_for_build(environment: Mapping[str, str], *, built: bool) -> list[ConfigIssue]:
     """Returns the issues of DeepSpeed's build. built: whether the library exists."""
-    purpose = "DeepSpeed compiles its CPU collectives once, and needs it"
+    purpose = "DeepSpeed compiles its optimizer for the host once, and needs it"
     # Workers look in the interpreter's own folder first, as in an activated virtual environment.
     path = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
     missing = []

@@ -38,7 +38,6 @@ from megatron.errors import ConfigError
 from megatron.launcher.rank_env import set_rank_env
 from megatron.output_streams import ignore_lost_output
 from megatron.ranks import Ranks
-from megatron.shared_memory import remove_segment
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
 SOCKET_VARIABLE = "NEOX_SUPERVISOR"
@@ -202,7 +201,6 @@ class WorkerProcess:
     def _kill_group(self) -> None:
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        remove_segment(os.environ, self._link.rank)
 
     def _abandon(self, _number: int, _frame: object) -> None:
         """Handles the end of the launcher in the signal handler, since the loop may block on the terminal."""

@@ -16,7 +16,7 @@ from megatron.config.schema.launch import LaunchSection
 from megatron.errors import ConfigError
 from megatron.launcher.arguments import read_request
 from megatron.launcher.hosts import Accelerator, local_devices
-from megatron.launcher.preflight import check, gpu_layers
+from megatron.launcher.preflight import check, gpu_layers, uses_host_adam
 from megatron.launcher.resolve import refuse_unsupported
 from megatron.launcher.restart import restarted_by_scheduler, resume_overrides
 from megatron.launcher.run_directory import CONFIG_FILE, choose_run_directory, prepare_run_directory
@@ -87,6 +87,7 @@ def _resolve_here(arguments: Sequence[str]) -> Config:
         zero=config.deepspeed.zero_optimization,
         gpu_layers=gpu_layers(config, script),
         kernels=kernel_issues(config, accelerator),
+        host_adam=uses_host_adam(config, script),
     )
     folder = choose_run_directory(config.observe.log_dir, config.checkpoint.save, request.files, request.script)
     config = config.replace(log_dir=str(folder))

@@ -279,7 +279,8 @@ EVERY_RUN = frozenset(
     tokenizer_type make_vocab_size_divisible_by train_batch_size train_micro_batch_size_per_gpu
     gradient_accumulation_steps rampup_batch_size train_iters train_epochs train_samples lr_decay_samples train_impl
     eval_iters seed deterministic exit_interval exit_duration on_nan char_level_ppl use_mup
-    coord_check save_base_shapes te_columnparallel te_rowparallel te_layernorm_mlp te_mha save load hf_architecture log_interval
+    coord_check save_base_shapes te_columnparallel te_rowparallel te_layernorm_mlp te_mha save load
+    hf_architecture log_interval
     log_dir tensorboard_dir use_wandb use_comet git_hash peak_theoretical_tflops fingerprint_interval log_grad_norm
     log_grad_pct_zeros log_param_norm loss_spike_factor log_optimizer_states log_gradient_noise_scale
     memory_profiling profile config_files

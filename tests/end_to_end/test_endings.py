@@ -19,7 +19,6 @@ import pytest
 
 from megatron.checkpoint.format import layout
 from megatron.metrics.sinks.jsonl import read_metrics
-from megatron.shared_memory import FOLDER
 from tests.end_to_end.launches import LIMIT, ROOT, Run, free_port
 from tests.end_to_end.runs import run as train_alone
 from tests.end_to_end.runs import series
@@ -53,7 +52,7 @@ class Ended:
 
 
 def segments(port: int) -> list[str]:
-    return [path.name for path in FOLDER.glob(f"deepspeed_*_{port}_*")]
+    return [path.name for path in Path("/dev/shm").glob(f"deepspeed_*_{port}_*")]
 
 
 def wait_for(path: Path, run: Run) -> None:

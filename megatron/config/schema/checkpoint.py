@@ -41,8 +41,8 @@ class CheckpointSection(Section):
     )
     hf_architecture: str | None = key(
         None,
-        "Family in transformers that save_hf_every and tools/convert_to_hf.py write, where it can express the model: that "
-        "of an imported one. The first that can when left out.",
+        "Family in transformers that save_hf_every and tools/convert_to_hf.py write, where it can express the model: "
+        "that of an imported one. The first that can when left out.",
     )
     keep_last_n_checkpoints: int | None = key(None, "Older checkpoints are removed.", unit="checkpoints")
     no_save_optim: bool = key(False, "Save no optimizer state.")
