@@ -50,9 +50,9 @@ CLASSES: dict[str, Any] = {
 Answers = tuple[Tensor, list[float]]
 
 
-def make(kind: str) -> PreTrainedModel:
+def encoder(settings: Any, model_class: Any, **more: Any) -> Any:
+    """A small model without dropout, each of whose tensors has values of its own."""
     torch.manual_seed(4)
-    settings, model_class = CLASSES[kind]
     config = settings(
         vocab_size=VOCABULARY,
         hidden_size=64,
@@ -63,9 +63,15 @@ def make(kind: str) -> PreTrainedModel:
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         initializer_range=0.1,
+        **more,
     )
     model = model_class(config).eval()
     disturb(model)
+    return model
+
+
+def make(kind: str) -> PreTrainedModel:
+    model: PreTrainedModel = encoder(*CLASSES[kind])
     return model
 
 

@@ -34,10 +34,11 @@ from megatron.distributed.mesh import Topology
 from megatron.engine.builder import build_training_engine
 from megatron.errors import ConfigError
 from megatron.param_table import ModelDims, tensors
+from tests.checkpoint.huggingface.test_bert import VOCABULARY, encoder
 from tests.model.sections import disturb
 from tests.multi_rank import run_cases
 
-VOCABULARY, LENGTH, LR, ROWS = 96, 16, 1e-3, 6
+LENGTH, LR, ROWS = 16, 1e-3, 6
 KINDS: dict[str, Any] = {
     "classes": (MegatronBertConfig, MegatronBertForSequenceClassification),
     "answers": (MegatronBertConfig, MegatronBertForMultipleChoice),
@@ -52,23 +53,7 @@ NAMES = ["no", "maybe", "yes"]
 
 
 def make(kind: str) -> Any:
-    torch.manual_seed(4)
-    settings, model_class = KINDS[kind]
-    config = settings(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=176,
-        max_position_embeddings=32,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        initializer_range=0.1,
-        **({"id2label": dict(enumerate(NAMES))} if ANSWERS[kind] == 1 else {}),
-    )
-    model = model_class(config).eval()
-    disturb(model)
-    return model
+    return encoder(*KINDS[kind], **({"id2label": dict(enumerate(NAMES))} if ANSWERS[kind] == 1 else {}))
 
 
 def tokens() -> torch.Tensor:
