@@ -17,9 +17,9 @@ from megatron.inference.generation_request import GenerationResult, Settings
 from megatron.inference.prompt_encoding import read_prompt
 from megatron.inference.sampling import Sampling
 from megatron.serving.api_errors import Refused
-from megatron.serving.async_results import Keep, PendingRequest, start
 from megatron.serving.chat_rendering import Conversations
 from megatron.serving.scheduler import QueueFull, Service, ShuttingDown
+from megatron.serving.streaming import Keep, PendingRequest, start
 from megatron.serving.token_text import Words
 from megatron.tokenizers.base import Tokenizer
 from megatron.tokenizers.vocab_limit import known_ids

@@ -17,10 +17,10 @@ from fastapi.responses import StreamingResponse
 from megatron.inference.generation_request import GenerationResult
 from megatron.serving.api_context import ApiContext, GenerationOptions, complete_answer, reason, usage
 from megatron.serving.api_errors import failed_event
-from megatron.serving.async_results import PendingRequest, TokenScore
 from megatron.serving.chat_request import Chat
 from megatron.serving.completions import STREAM
 from megatron.serving.logprobs import chat_logprobs
+from megatron.serving.streaming import PendingRequest, TokenScore
 
 
 def add_chat(app: FastAPI, desk: ApiContext) -> None:

@@ -15,9 +15,9 @@ from fastapi.responses import StreamingResponse
 from megatron.inference.generation_request import GenerationResult
 from megatron.serving.api_context import ApiContext, GenerationOptions, complete_answer, reason, usage
 from megatron.serving.api_errors import Refused, failed_event
-from megatron.serving.async_results import PendingRequest, TokenScore
 from megatron.serving.completion_request import Completion
 from megatron.serving.logprobs import completion_logprobs
+from megatron.serving.streaming import PendingRequest, TokenScore
 from megatron.tokenizers.source import reads_sources
 
 STREAM: dict[int | str, dict[str, Any]] = {

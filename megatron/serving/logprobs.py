@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from megatron.serving.async_results import TokenScore
+from megatron.serving.streaming import TokenScore
 from megatron.serving.token_text import Words
 
 LEAST = -9999.0

@@ -2,7 +2,7 @@
 
 The loop gets every object from trainer.py. One step runs through five files: this one, `engine/base.py` (the step),
 `engine/loss_normalization.py` (the divisor of the loss), `optim/grad_clip.py` (norm and clipping at ZeRO 0) and
-`nan_guard.py` (non-finite steps and loss spikes). Everything that observes the loop is a hook (`hooks/base.py`).
+`loss_guard.py` (non-finite steps and loss spikes). Everything that observes the loop is a hook (`hooks/base.py`).
 On a GPU the host waits for a step that it has just issued only where its values are needed (`step_outcomes.py`).
 """
 

@@ -76,7 +76,7 @@ from megatron.training.hooks.task_evaluation import TaskEvaluationHook
 from megatron.training.locate_failure import FailureLocator
 from megatron.training.loop import run_loop
 from megatron.training.loop_context import LoopContext, TrainSchedule
-from megatron.training.nan_guard import LossGuard
+from megatron.training.loss_guard import LossGuard
 from megatron.training.run_state import RunState
 from megatron.training.step_schedule import StepSizes
 from megatron.training.task_setup import task_hook, task_of, with_pretrained

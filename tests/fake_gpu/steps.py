@@ -39,7 +39,7 @@ from megatron.optim.grad_clip import GradientClipper
 from megatron.training.hooks.base import Hook, Hooks
 from megatron.training.loop import run_loop
 from megatron.training.loop_context import LoopContext
-from megatron.training.nan_guard import LossGuard
+from megatron.training.loss_guard import LossGuard
 from megatron.training.run_state import RunState
 from tests.model import mixtures
 from tests.training.schedules import plain_schedule

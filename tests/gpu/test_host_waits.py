@@ -12,7 +12,7 @@ from megatron.distributed.process_group import device
 from megatron.engine.batch_copies import DeviceCopies
 from megatron.engine.builder import build_training_engine, init_topology
 from megatron.training.hooks.base import Hook
-from megatron.training.nan_guard import LossGuard
+from megatron.training.loss_guard import LossGuard
 from megatron.training.step_schedule import StepSize
 from tests.end_to_end import engines
 from tests.engine import test_host_reads as counted

@@ -333,10 +333,10 @@ MUTANTS = (
     ),
     Mutant(
         "a falling loss is a spike",
-        "training/nan_guard.py",
+        "training/loss_guard.py",
         "loss > self.spike_factor * self._mean",
         "loss < self.spike_factor * self._mean",
-        ("training/test_nan_guard.py",),
+        ("training/test_loss_guard.py",),
     ),
     Mutant(
         "the repetition penalty rewards",

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from megatron.serving.async_results import TokenScore
 from megatron.serving.logprobs import chat_logprobs, completion_logprobs
+from megatron.serving.streaming import TokenScore
 from megatron.serving.token_text import Words
 from megatron.tokenizers import make_tokenizer
 from megatron.tokenizers.char_level import CharLevelTokenizer

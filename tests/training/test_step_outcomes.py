@@ -17,7 +17,7 @@ from megatron.metrics.timers import no_wait
 from megatron.training.hooks.base import Hook, Hooks
 from megatron.training.loop import run_loop
 from megatron.training.loop_context import LoopContext
-from megatron.training.nan_guard import LossGuard
+from megatron.training.loss_guard import LossGuard
 from megatron.training.run_state import RunState
 from megatron.training.step_outcomes import StepOutcome
 from megatron.training.step_schedule import StepSize

@@ -4,8 +4,8 @@ import asyncio
 
 from megatron.inference.generation_request import Settings
 from megatron.inference.sampling import Sampling
-from megatron.serving.async_results import Keep, start
 from megatron.serving.scheduler import ModelWorker, Service
+from megatron.serving.streaming import Keep, start
 from megatron.serving.token_text import Words
 from tests.inference.small_model import SEQUENCE, SmallEngine, small_config
 from tests.serving.service import Spelling

@@ -11,7 +11,7 @@ import torch
 
 from megatron.config import Resources, resolve
 from megatron.metrics.sinks.jsonl import read_metrics
-from megatron.training.nan_guard import LossGuard
+from megatron.training.loss_guard import LossGuard
 from megatron.training.step_outcomes import StepOutcome
 from megatron.training.step_schedule import StepSize
 from tests.end_to_end.runs import BASE, NeverStop, series
