@@ -95,6 +95,8 @@ class ClassTokens:
     """The id behind each text."""
     pad: int
     """The id behind a sample that is not full."""
+    doubled: bool = False
+    """Whether two separators stand between the texts of a pair, as in RoBERTa."""
 
 
 @dataclass(frozen=True)

@@ -142,7 +142,7 @@ def _batch(config: Config) -> list[str]:
         f"{training.train_batch_size} samples = micro batch {training.train_micro_batch_size_per_gpu} "
         f"x accumulation {training.gradient_accumulation_steps} x data {axes.data_parallel_size}"
     )
-    tokens = training.train_batch_size * model.seq_length
+    tokens = training.train_batch_size * model.seq_length * (config.task.task_choices or 1)
     parts = model.encoder_seq_length, model.decoder_seq_length
     length = f"{model.seq_length}" if None in parts else f"{parts[0]} + {parts[1]}"
     lines = [_line("batch", text), _line("", f"{tokens:,} tokens a step at sequence length {length}")]

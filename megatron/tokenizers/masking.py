@@ -54,7 +54,7 @@ def class_tokens(tokenizer: Tokenizer) -> ClassTokens:
         raise _lacking(
             "train_impl: classification puts separators around texts, and the tokenizer lacks " + ", ".join(missing)
         )
-    return ClassTokens(**ids)
+    return ClassTokens(**ids, doubled=SPELLINGS["cls"][0] not in tokenizer.special_tokens)
 
 
 def _named(tokenizer: Tokenizer, spellings: Mapping[str, tuple[str, ...]]) -> dict[str, int]:

@@ -16,6 +16,7 @@ from megatron.data.dataset.builder import Data
 from megatron.data.tasks.builder import TaskData
 from megatron.data.tasks.samples import RowEncoder
 from megatron.distributed.mesh import Topology
+from megatron.errors import ConfigError
 from megatron.metrics.reporter import Reporter
 from megatron.objectives.classification import ClassScores
 from megatron.tokenizers import Tokenizer
@@ -59,7 +60,7 @@ def build_task_data(config: Config, topology: Topology, task: TaskData) -> Data:
         data_rank=topology.data.rank,
         data_size=topology.data.size,
         train_samples=require(training.train_iters) * batch,
-        types=bool(config.model.num_token_types),
+        types=(config.model.num_token_types or 0) > 1,
         workers=config.data.num_workers,
     )
 
@@ -92,6 +93,9 @@ def with_pretrained(config: Config) -> Config:
     section = config.checkpoint
     if section.pretrained_checkpoint is None or _resumes(config):
         return config
+    if not Path(section.pretrained_checkpoint).is_dir():
+        what, value = "there is no such folder", section.pretrained_checkpoint
+        raise ConfigError.of(what, key="pretrained_checkpoint", value=value, hint="give the save folder of an encoder")
     config = config.replace(load=section.pretrained_checkpoint, iteration=None, finetune=True, load_fallback="error")
     make_available(config.checkpoint, shared=config.data.use_shared_fs)
     return config

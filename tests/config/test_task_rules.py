@@ -20,6 +20,7 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"task_labels": None, "task_choices": 3, "num_classes": 3}, "has a logit for each answer, so it is 1"),
     ({"task_train_data": ["a.csv"]}, "it does not follow from the files' names"),
     ({"task_fields": {"texts": "t"}}, "no field is a texts"),
+    ({"task_train_data": ["a.tsv"], "task_fields": {"text": 1, "label": -1}}, "columns are numbered from 0"),
     ({"task_fields": {"text": 1}}, "its values cannot be read"),
     ({"task_train_data": ["a.tsv"], "task_fields": {"text": 1, "label": "l"}}, "its values cannot be read"),
     ({"task_format": "mnli", "task_labels": None, "task_fields": {"text": "t"}}, "have fields of their own"),

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertTokenizer
 
 from megatron.config.schema.task import TaskSection
@@ -83,7 +84,7 @@ FORMS: dict[str, tuple[str, tuple[str, ...], int, dict[str, Any], str, list[Row]
         0,
         {"text": "body"},
         '{"body": "a  b", "label": "yes"}\n\n{"body": "c", "text_pair": "d", "id": 9}\n',
-        [Row("0", (("a b", None),), 1), Row("9", (("c", "d"),), UNLABELED)],
+        [Row("0", (("a  b", None),), 1), Row("9", (("c", "d"),), UNLABELED)],
     ),
     "jsonl of true and false": (
         "jsonl",
@@ -116,6 +117,22 @@ FORMS: dict[str, tuple[str, tuple[str, ...], int, dict[str, Any], str, list[Row]
         {"text": 3, "label": 1},
         "gj04\t1\t\tOur friends.\ngj05\t0\t*\tFriends our.\n",
         [Row("0", (("Our friends.", None),), 1), Row("1", (("Friends our.", None),), 0)],
+    ),
+    "tsv with a header alone": (
+        "tsv",
+        ("0", "1"),
+        0,
+        {},
+        "text\tlabel\nbad\t0\n",
+        [Row("0", (("bad", None),), 0)],
+    ),
+    "tsv with choices and numbers": (
+        "tsv",
+        (),
+        2,
+        {"text": "q", "choices": ["a", "b"]},
+        "q\ta\tb\tlabel\nwho\tI\tyou\t1\n",
+        [Row("0", (("who I", None), ("who you", None)), 1)],
     ),
     "tsv with choices": (
         "tsv",
@@ -273,3 +290,47 @@ def test_a_folder_is_one_set_and_names_differ(tmp_path: Path, vocabulary: str) -
     section = TaskSection(task_format="race", task_valid_data=folders, task_choices=4)
     sets = TaskData(section, RowEncoder(tokenizer, class_tokens(tokenizer), 32, 4)).valid
     assert {name: len(rows) for name, rows in sets.items()} == {"middle": 4, "dev-high": 2, "test-high": 2}
+
+
+@pytest.mark.parametrize("label", ['"AB"', '"BA"', "2", "-1", '"2"', "true", '"c"'])
+def test_a_label_is_one_answer(label: str, tmp_path: Path) -> None:
+    (tmp_path / "x").write_text(f'{{"text": "q", "choices": ["x", "y"], "label": {label}}}\n')
+    with pytest.raises(RunError, match=r"line 1 .* is none of"):
+        RowForm("jsonl", (), 2, {}).read(tmp_path / "x")
+
+
+@pytest.mark.parametrize("form", ["jsonl", "tsv"])
+def test_files_that_are_no_text_are_named(form: str, tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes('{"text": "\u00e9"}\ttext\n'.encode("latin-1"))
+    with pytest.raises(RunError, match="not UTF-8"):
+        RowForm(form, ("0", "1"), 0, {}).read(tmp_path / "x")
+
+
+def test_long_cells_are_read(tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("text\tlabel\n" + "a" * 200_000 + "\t1\n")
+    (row,) = RowForm("tsv", ("0", "1"), 0, {}).read(tmp_path / "x")
+    assert len(row.texts[0][0]) == 200_000
+
+
+def test_pairs_of_roberta_have_two_separators() -> None:
+    """As its tokenizer in transformers: <s> A </s></s> B </s>."""
+    words = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "a": 4, "b": 5}
+    base = Tokenizer(models.WordLevel(words, "<unk>"))
+    base.pre_tokenizer = pre_tokenizers.Whitespace()
+    base.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+    expected = base.encode("a", "b").ids
+
+    class Named:
+        special_tokens: ClassVar[dict[str, int]] = {"<s>": 0, "<pad>": 1, "</s>": 2}
+        full = None
+
+        def encode(self, text: str) -> list[int]:
+            return [words[word] for word in text.split()]
+
+    tokens = class_tokens(cast(Any, Named()))
+    assert tokens == ClassTokens(0, 2, 1, doubled=True)
+    encoder = RowEncoder(cast(Any, Named()), tokens, 8, 1)
+    (batch,) = TaskLoader(
+        TaskSamples([Row("0", (("a", "b"),), 0)], encoder), BatchSampler(1, 1, 0, 1), encoder, types=False, again=True
+    ).batches(0)
+    assert batch.tokens[0].tolist() == [*expected, 1, 1] and len(expected) == 6

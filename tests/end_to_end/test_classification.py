@@ -132,6 +132,15 @@ def test_it_learns_from_an_encoder_and_goes_on_bit_by_bit(task: dict[str, Any], 
     alone = {**task, "load": str(save), "finetune": True, "train_iters": 0, "train_batch_size": 16, "warmup": 0.0}
     assert series(run_all(1, tmp_path / "alone", {"only": alone})["only"], "validation/accuracy") == accuracies[-1:]
 
+    turned = {"task_labels": list(CLASSES[::-1])}
+    with pytest.raises(RankFailedError, match=r"task_labels = .*was trained with"):
+        run_all(1, tmp_path / "order", {"one": {**rest, **turned}})
+    other = {**untrained, **turned, "pretrained_checkpoint": str(save), "save": str(tmp_path / "b")}
+    run_all(1, tmp_path / "next", {"one": {**other, "extra_save_iters": [0]}})
+    both = [WeightFiles.open(folder) for folder in (save / "global_step54", tmp_path / "b/global_step0")]
+    assert all(torch.equal(*(each.shards(key)[0] for each in both)) for key in (*shared, "8.pooler.weight"))
+    assert not torch.equal(*(each.shards("8.classifier.weight")[0] for each in both))
+
     lines = {
         path.stem: [json.loads(line) for line in path.read_text().splitlines()]
         for path in (tmp_path / "predictions/iteration_54").iterdir()
@@ -167,3 +176,13 @@ def test_predictions_that_cannot_be_written_are_refused_before_the_first_step(
         RankFailedError, match=r"task_predictions = .*predictions cannot be written there: Not a directory"
     ):
         run_all(1, tmp_path, {"one": {**task, "task_predictions": str(tmp_path / "file/predictions")}})
+
+
+def test_the_average_of_the_weights_has_accuracies_and_one_token_type_reads_pairs(
+    task: dict[str, Any], tmp_path: Path
+) -> None:
+    keys = {**task, "num_token_types": 1, "ema_decay": 0.5, "train_iters": 2, "eval_interval": 1}
+    records = run_all(2, tmp_path, {"one": keys})["one"]
+    both = [series(records, f"{split}/accuracy") for split in ("validation", "validation_ema")]
+    assert [len(each) for each in both] == [2, 2]
+    assert series(records, "validation_ema/accuracy/first") != []

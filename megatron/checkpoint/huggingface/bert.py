@@ -28,7 +28,7 @@ from megatron.checkpoint.huggingface.name_map import Names
 from megatron.config.derived.encoder import MASKED
 from megatron.config.derived.task import CLASSES
 from megatron.config.schema.model import ModelSection
-from megatron.errors import ConfigIssue
+from megatron.errors import ConfigError, ConfigIssue
 from megatron.param_table import ModelDims
 
 _ACTIVATIONS = {"gelu": "gelu"}
@@ -159,10 +159,22 @@ def _objective(kind: EncoderKind, theirs: Mapping[str, Any]) -> Settings:
         return {"train_impl": CLASSES, "num_classes": 1}
     if head == "classes":
         check_config(theirs, {"problem_type": "single_label_classification"})
-        named = theirs.get("id2label") or {str(number): f"LABEL_{number}" for number in range(2)}
-        labels = [named[str(number)] for number in range(len(named))]
+        labels = _labels(theirs)
         return {"train_impl": CLASSES, "num_classes": len(labels), "task_labels": labels}
     return {"train_impl": MASKED, "pack_impl": "unpacked", "bert_binary_head": head == "order"}
+
+
+def _labels(theirs: Mapping[str, Any]) -> list[str]:
+    """Returns the names of the classes. Raises ConfigError where they are not one text for each number from 0 on."""
+    count = theirs.get("num_labels") or 2
+    named = theirs.get("id2label") or {str(number): f"LABEL_{number}" for number in range(count)}
+    known = named if isinstance(named, Mapping) else {}
+    labels = [known.get(str(number)) for number in range(len(named))]
+    texts = [label for label in labels if isinstance(label, str)]
+    if len(texts) != len(labels) or len(set(texts)) != len(texts) or len(texts) < 2:
+        what = "it names no two or more different classes by the numbers from 0 on"
+        raise ConfigError.of(what, key="id2label", value=named, location="config.json")
+    return texts
 
 
 def _table(kind: EncoderKind, dims: ModelDims) -> list[TensorMapping]:

@@ -319,11 +319,11 @@ def _without_further_tokens(checkpoint: Checkpoint, found: set[str]) -> set[str]
 
 
 def _without_heads(checkpoint: Checkpoint, found: set[str]) -> set[str]:
-    """The stored tensors, without those of a pretrained model's heads that a classifier has not."""
+    """The stored tensors, without those of a pretrained model's heads, but for the pooler."""
     if not checkpoint.new_head:
         return found
-    expected = {key_of(shape) for shape in checkpoint.table}
-    left = {key for key in found - expected if int(key.partition(".")[0]) == checkpoint.output_layer}
+    head = f"{checkpoint.output_layer}."
+    left = {key for key in found if key.startswith(head) and not key.startswith(f"{head}pooler.")}
     if left:
         _log.info("%s: %d tensors of its heads are left out", checkpoint.directory, len(left))
     return found - left

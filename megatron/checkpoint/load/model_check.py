@@ -90,6 +90,7 @@ _MODEL: dict[str, Concerned] = {
     **dict.fromkeys(("mamba_num_groups", "mamba_state_dim", "mamba_dt_limit", "mamba_norm_before_gate"), _mamba2),
     **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim"), _deltas),
     "lora": _always,
+    "task_labels": lambda values: (values.get("num_classes") or 0) > 1,
 }
 """Keys that a trained model fixes: key -> whether it has an effect on a model of these values."""
 _ADJUSTED: dict[str, Concerned] = {
@@ -106,7 +107,7 @@ _ADJUSTED: dict[str, Concerned] = {
     "scalenorm_epsilon": lambda values: values["norm"] == "scalenorm",
 }
 """Keys that are changed on purpose at times, as for longer texts: a warning, no error."""
-_HEADS = frozenset({"lm_head", "bert_binary_head"})
+_HEADS = frozenset({"lm_head", "bert_binary_head", "task_labels"})
 """Keys of heads, which a classifier replaces."""
 _LATER = frozenset(
     {
@@ -192,8 +193,15 @@ def _differing(keys: Mapping[str, Concerned], stored: Values, own: Values) -> It
             then, now = low_rank(stored[key]), low_rank(own[key])
             if then and now and then.rank == now.rank and then.scale != now.scale:  # another rank: other tensors
                 yield key
+        elif key == "task_labels" and _unnamed(stored[key]):
+            continue
         elif _meaning(_value(stored, key)) != _meaning(own[key]):
             yield key
+
+
+def _unnamed(labels: Any) -> bool:
+    """Whether labels are none, or the numbers that transformers writes where none are given."""
+    return not labels or list(labels) == [f"LABEL_{number}" for number in range(len(labels))]
 
 
 def _value(stored: Values, key: str) -> Any:

@@ -55,6 +55,8 @@ def task_fields_are_known(config: Config) -> Iterator[ConfigIssue]:
         yield ConfigIssue(f"no field is a {unknown[0]}", key="task_fields", value=task.task_fields, hint=hint)
     flat = [each for value in task.task_fields.values() for each in (value if isinstance(value, list) else [value])]
     kinds = {type(each) for each in flat}
+    if any(isinstance(each, int) and each < 0 for each in flat):
+        yield ConfigIssue("columns are numbered from 0", key="task_fields", value=task.task_fields)
     if kinds - {str, int} or len(kinds) > 1 or (int in kinds and task.task_format == "jsonl"):
         hint = "names of fields, or of a tsv without a header the numbers of its columns"
         yield ConfigIssue("its values cannot be read", key="task_fields", value=task.task_fields, hint=hint)

@@ -123,9 +123,13 @@ class TaskData:
 
     def _lines(self) -> list[str]:
         sets = {"train": self.train, "valid": self.valid}
-        return [
-            f"{split}: {len(rows):,} samples from {name}" for split, own in sets.items() for name, rows in own.items()
-        ]
+        alone = ", none of which has a label: they are predicted alone"
+        lines = []
+        for split, own in sets.items():
+            for name, rows in own.items():
+                bare = all(row.label == UNLABELED for row in rows)
+                lines.append(f"{split}: {len(rows):,} samples from {name}{alone if bare else ''}")
+        return lines
 
 
 def _names(given: Sequence[str]) -> list[str]:

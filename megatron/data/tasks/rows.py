@@ -18,6 +18,9 @@ from megatron.errors import ConfigError, RunError
 UNLABELED = -1
 MEANINGS = ("text", "text_pair", "label", "choices", "id")
 """What a field of a row may be."""
+_OF_PUBLIC_TASKS = ("race", "mnli", "qqp")
+LONGEST_CELL = 1 << 27
+"""Most characters of a cell of a tsv."""
 _ANSWERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -49,18 +52,35 @@ class RowForm:
     def read(self, path: Path) -> list[Row]:
         """Returns the rows of a file. Raises RunError that names the file and the line."""
         rows = []
-        for line, number, found in self._found(path):
-            try:
-                rows += [self._row(*each) for each in _READERS[self.form](self, found, number)]
-            except (KeyError, IndexError, TypeError, ValueError) as error:
-                raise RunError.of(
-                    f"line {line} is not a row of the form {self.form}: {_said(error)}",
-                    location=str(path),
-                    hint="see task_format, task_fields and task_labels",
-                ) from None
+        csv.field_size_limit(LONGEST_CELL)
+        try:
+            for line, number, found in self._found(path):
+                rows += self._rows(path, line, number, found)
+        except UnicodeDecodeError as error:
+            raise RunError.of(f"it is not UTF-8 text: {error}", location=str(path)) from None
+        except csv.Error as error:
+            raise RunError.of(f"it is not a tsv: {error}", location=str(path)) from None
         if not rows:
             raise RunError.of("it has no rows", location=str(path))
         return rows
+
+    def _rows(self, path: Path, line: int, number: int, found: Any) -> list[Row]:
+        """Returns the rows of what is in one line.
+
+        Args:
+            path: The file.
+            line: Of the file, from 1.
+            number: Of the row.
+            found: What is there.
+        """
+        try:
+            return [self._row(*each) for each in _READERS[self.form](self, found, number)]
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise RunError.of(
+                f"line {line} is not a row of the form {self.form}: {_said(error)}",
+                location=str(path),
+                hint="see task_format, task_fields and task_labels",
+            ) from None
 
     def _found(self, path: Path) -> Iterator[tuple[int, int, Any]]:
         """Yields line, number of the row and what is there, of each row."""
@@ -72,7 +92,8 @@ class RowForm:
                 return
             cells = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
             header: list[str] | None = None
-            named = self.form != "tsv" or not all(isinstance(value, int) for value in self.fields.values())
+            numbered = all(isinstance(value, int) for value in self.fields.values())
+            named = self.form != "tsv" or not self.fields or not numbered
             number = 0
             for row in cells:
                 if named and header is None:
@@ -85,18 +106,19 @@ class RowForm:
     def _row(self, name: str, texts: Sequence[tuple[str, str | None]], label: Any) -> Row:
         if self.choices and len(texts) != self.choices:
             raise ValueError(f"it has {len(texts)} choices and task_choices is {self.choices}")
-        cleaned = tuple((clean(text), None if pair is None else clean(pair)) for text, pair in texts)
-        return Row(name, cleaned, self._number(label))
+        if self.form in _OF_PUBLIC_TASKS:
+            texts = [(clean(text), None if pair is None else clean(pair)) for text, pair in texts]
+        return Row(name, tuple(texts), self._number(label))
 
     def _number(self, label: Any) -> int:
         if label is None or label == "":
             return UNLABELED
-        names = self.labels or _ANSWERS[: self.choices]
-        if self.choices and isinstance(label, int) and not isinstance(label, bool):
-            if not 0 <= label < self.choices:
-                raise ValueError(f"its label {label} is none of the {self.choices} choices, counted from 0")
-            return label
+        names = self.labels or tuple(_ANSWERS[: self.choices])
         spelt = ("false", "true")[label] if isinstance(label, bool) else str(label).strip()
+        if self.choices and spelt.lstrip("-").isdigit():
+            if not 0 <= int(spelt) < self.choices:
+                raise ValueError(f"its label {spelt} is none of the {self.choices} choices, counted from 0")
+            return int(spelt)
         if spelt not in names:
             raise ValueError(f"its label {spelt!r} is none of {', '.join(names)}")
         return names.index(spelt)

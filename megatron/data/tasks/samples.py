@@ -57,7 +57,8 @@ class RowEncoder:
     ) -> None:
         ids = [self.tokens.cls, *first, self.tokens.sep]
         middle = len(ids)
-        ids += [*second, self.tokens.sep] if second else []
+        between = [self.tokens.sep] if self.tokens.doubled else []
+        ids += [*between, *second, self.tokens.sep] if second else []
         if len(ids) > self.seq_length:
             ids = [*ids[: self.seq_length - 1], self.tokens.sep]
         length = len(ids)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -51,39 +51,47 @@ class TaskScoresHook(Hook):
         self._scores.start()
 
     def after_evaluate(self, state: RunState) -> bool:
-        logits = self._gathered()
-        first, right, labeled, metrics = 0, 0, 0, {}
-        for name, rows in self._files.items():
-            own = logits[first : first + len(rows)]
-            first += len(rows)
-            labels = np.array([row.label for row in rows])
-            counted = labels != UNLABELED
-            hits = int((own.argmax(1) == labels)[counted].sum())
-            right, labeled = right + hits, labeled + int(counted.sum())
-            if counted.any() and len(self._files) > 1:
-                metrics[f"accuracy/{name}"] = hits / int(counted.sum())
-            if self._folder is not None and self._topology.rank == 0:
+        """A second pass is that of the moving average of the weights, of which only the accuracies are reported."""
+        first, *averaged = self._passes()
+        self._report("validation", first, state.iteration)
+        for logits in averaged:
+            self._report("validation_ema", logits, state.iteration)
+        if self._folder is not None and self._topology.rank == 0:
+            for name, rows, own in self._by_file(first):
                 self._write(self._folder / f"iteration_{state.iteration}" / f"{name}.jsonl", rows, own)
-        if labeled:
-            named = {"accuracy": right / labeled, **metrics}
-            self._reporter.evaluation(
-                state.iteration, "validation", {f"validation/{key}": value for key, value in named.items()}
-            )
         return True
 
-    def _gathered(self) -> np.ndarray:
-        """Returns the logits of all samples in their order [samples, classes]; the same on every rank."""
+    def _report(self, split: str, logits: np.ndarray, iteration: int) -> None:
+        """Reports the accuracy on all labeled samples, and on those of each file where there are several."""
+        right, labeled, metrics = 0, 0, {}
+        for name, rows, own in self._by_file(logits):
+            labels = np.array([row.label for row in rows])
+            counted = labels != UNLABELED
+            hits, count = int((own.argmax(1) == labels)[counted].sum()), int(counted.sum())
+            right, labeled = right + hits, labeled + count
+            if count and len(self._files) > 1:
+                metrics[f"{split}/accuracy/{name}"] = hits / count
+        if labeled:
+            self._reporter.evaluation(iteration, split, {f"{split}/accuracy": right / labeled, **metrics})
+
+    def _by_file(self, logits: np.ndarray) -> Iterator[tuple[str, Sequence[Row], np.ndarray]]:
+        """Yields the name of each file, its rows and their logits."""
+        first = 0
+        for name, rows in self._files.items():
+            yield name, rows, logits[first : first + len(rows)]
+            first += len(rows)
+
+    def _passes(self) -> list[np.ndarray]:
+        """Returns the logits of all samples in their order for each pass [samples, classes]; the same on every rank."""
         axes, own = self._topology, self._scores.take()
         mine = None if own is None or not axes.model.is_first else (axes.data.rank, own.numpy())
         of_ranks = dict(found for found in all_gather_list(mine) if found is not None)
         parts = [of_ranks[rank] for rank in sorted(of_ranks)]
         total = sum(map(len, self._files.values()))
-        step = self._micro_batch * len(parts)
-        passes = -(-total // step)
-        shape = (passes, self._micro_batch, -1)
-        return np.stack([part[: passes * self._micro_batch].reshape(shape) for part in parts], 1).reshape(
-            passes * step, -1
-        )[:total]
+        batches = -(-total // (self._micro_batch * len(parts)))
+        shape = (-1, batches, self._micro_batch, parts[0].shape[-1])
+        together = np.stack([part.reshape(shape) for part in parts], 2)  # [passes, batches, ranks, b, classes]
+        return list(together.reshape(len(together), -1, parts[0].shape[-1])[:, :total])
 
     def _write(self, path: Path, rows: Sequence[Row], logits: np.ndarray) -> None:
         lines = []

@@ -163,3 +163,12 @@ def test_the_first_bert_s_names_and_a_pretrained_folder_are_read(tmp_path: Path)
     assert torch.equal(found["6.pooler.weight"], theirs.state_dict()["bert.pooler.dense.weight"])
     missing = {f"{shape.layer}.{shape.name}" for shape in checkpoint.table} - found.keys()
     assert missing == {"6.classifier.weight", "6.classifier.bias"}
+
+
+@pytest.mark.parametrize("labels", [{"1": "a", "2": "b"}, ["a", "b"], {"0": "a", "1": "a"}, {"0": "a"}])
+def test_names_of_classes_that_are_none_are_refused(labels: Any, tmp_path: Path) -> None:
+    make("classes").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "id2label": labels}))
+    with pytest.raises(ConfigError, match="id2label"):
+        Folder.open(tmp_path).settings()
