@@ -221,7 +221,8 @@ def _names(prefix: str, head: str, *, post: bool) -> Names:
     )
 
 
-def _of(kind: EncoderKind, model_type: str, spare: tuple[str, ...]) -> ModelFamily:
+def _of(kind: EncoderKind, model_type: str) -> ModelFamily:
+    head = kind.names.head
     return ModelFamily(
         name=model_type.replace("-", "_"),
         model_type=model_type,
@@ -230,7 +231,8 @@ def _of(kind: EncoderKind, model_type: str, spare: tuple[str, ...]) -> ModelFami
         config=partial(_config, kind),
         settings=partial(_settings, kind),
         table=partial(_table, kind),
-        spare=spare,
+        spare=("embeddings.position_ids",),
+        copies={f"{head}.weight": f"{kind.names.embedding}.weight", f"{head}.bias": kind.bias},
         encoder=True,
         prefix=f"{kind.prefix}.",
         heads=(f"{kind.prefix}.pooler.", "cls.", "lm_head.", "classifier."),
@@ -243,8 +245,6 @@ _PREDICTIONS = {
     "lm_head.layernorm": "cls.predictions.transform.LayerNorm",
 }
 _POOLED = {"pooler": "bert.pooler.dense", "classifier": "classifier"}
-_TIED = ("cls.predictions.decoder.weight", "cls.predictions.decoder.bias", "embeddings.position_ids")
-
 _MEGATRON = EncoderKind(
     label="Megatron-BERT",
     prefix="bert",
@@ -282,6 +282,6 @@ _ROBERTA = EncoderKind(
     offset=2,
     embedding_norm="roberta.embeddings.LayerNorm",
 )
-MEGATRON_BERT = _of(_MEGATRON, "megatron-bert", _TIED)
-BERT = _of(_BERT, "bert", _TIED)
-ROBERTA = _of(_ROBERTA, "roberta", ("lm_head.decoder.weight", "lm_head.decoder.bias", "embeddings.position_ids"))
+MEGATRON_BERT = _of(_MEGATRON, "megatron-bert")
+BERT = _of(_BERT, "bert")
+ROBERTA = _of(_ROBERTA, "roberta")

@@ -7,7 +7,7 @@ and how the values are rearranged, so exporting and importing are the two direct
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -123,6 +123,8 @@ class ModelFamily:
     """Where config.json names no padding token, their class names that of the public models."""
     prefix: str = ""
     """What their names begin with in a model with a head, which files of the bare model lack."""
+    copies: Mapping[str, str] = field(default_factory=dict)
+    """Further names of tensors that the model has once -> their first name."""
     heads: tuple[str, ...] = ()
     """What names of heads begin with, of which a model leaves out those that it has not."""
     modules: str = ""

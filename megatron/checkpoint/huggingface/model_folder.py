@@ -132,6 +132,7 @@ class FolderWeights:
         named = _named(folder, dims.mtp_layers)
         rows = folder.rows_of(dims)
         _name_tied_embedding(folder, rows, named)
+        _drop_copies(folder, named)
         table: Table = {}
         lacked: list[str] = []
         taken: set[str] = set()
@@ -207,6 +208,23 @@ def _name_tied_embedding(folder: Folder, rows: Sequence[TensorMapping], named: d
     stored = next((head for head in HEADS if head in named), None)
     if embedding not in named and stored is not None:
         named[embedding] = named.pop(stored)
+
+
+def _drop_copies(folder: Folder, named: dict[str, Source]) -> None:
+    """Takes one of the names under which files hold a tensor twice. ConfigError where the two differ.
+
+    Releases of transformers then leave them apart, which a model here cannot.
+    """
+    for second, first in folder.family.copies.items():
+        if second not in named:
+            continue
+        copy = named.pop(second)
+        if first not in named:
+            named[first] = copy
+        elif not named[first]().equal(copy()):
+            what = f"the stored {second} is not {first}, and the model has one tensor for both"
+            hint = "transformers uses both as they are: such a model cannot be taken over"
+            raise ConfigError.of(what, location=str(folder.path), hint=hint)
 
 
 def _old_head(name: str, named: dict[str, Source]) -> str:

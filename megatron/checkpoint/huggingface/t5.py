@@ -189,7 +189,8 @@ T5 = ModelFamily(
     config=_config,
     settings=_settings,
     table=_table,
-    spare=("embed_tokens.weight", "EncDecAttention.relative_attention_bias.weight"),
+    spare=("EncDecAttention.relative_attention_bias.weight",),
+    copies=dict.fromkeys(("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"), "shared.weight"),
     parts=frozenset({"softmax_scale", "logit_scale"}),
     encoder_decoder=True,
 )

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     BertConfig,
@@ -197,3 +198,28 @@ def test_a_modern_encoder_is_refused_by_name(tmp_path: Path) -> None:
     model = stored.model.model_copy(update={"pos_emb": "rotary", "num_token_types": 0})
     lines = [str(issue) for issue in FAMILIES["megatron_bert"].misfits(model)]
     assert any("pos_emb" in line for line in lines) and any("adds the vectors of token types" in line for line in lines)
+
+
+@pytest.mark.parametrize("kind", ["masked", "bert pretraining", "roberta masked"])
+@pytest.mark.parametrize("part", ["weight", "bias"])
+def test_a_stored_copy_of_the_output_layer_is_compared(kind: str, part: str, tmp_path: Path) -> None:
+    """Transformers uses one that differs as it is; the other name alone is the tensor."""
+    make(kind).save_pretrained(tmp_path)
+    prefix = "roberta" if kind.startswith("roberta") else "bert"
+    first = {"weight": f"{prefix}.embeddings.word_embeddings.weight", "bias": "cls.predictions.bias"}[part]
+    second = f"cls.predictions.decoder.{part}"
+    if prefix == "roberta":
+        first, second = first.replace("cls.predictions.bias", "lm_head.bias"), f"lm_head.decoder.{part}"
+    file = tmp_path / "model.safetensors"
+    stored = load_file(file)
+    expected = stored[first].clone()
+    save_file({**stored, second: expected + 0.5}, file, {"format": "pt"})
+    with pytest.raises(ConfigError, match=f"the stored {second} is not {first}"):
+        adopt(Folder.open(tmp_path), tmp_path / "ours")
+    renamed = {name: value for name, value in stored.items() if name != first} | {second: expected}
+    save_file(renamed, file, {"format": "pt"})
+    folder = Folder.open(tmp_path)
+    config = resolve([], {**folder.settings(), "user_script": "convert_from_hf.py"}, Resources(1)).config
+    weights = folder.weights(ModelDims.of(config.model))
+    key = "0.word_embeddings.weight" if part == "weight" else "6.bias"
+    assert torch.equal(weights.shards(key)[0], expected)

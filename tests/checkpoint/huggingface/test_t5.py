@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import T5Config, T5ForConditionalGeneration
 
@@ -256,3 +256,22 @@ def test_megatrons_form_is_refused_by_name(tmp_path: Path) -> None:
     model = open_model(tmp_path / "ours").model.model_copy(update={"pos_emb": "learned", "softmax_scale": None})
     lines = [str(issue) for issue in FAMILIES["t5"].misfits(model)]
     assert any("pos_emb" in line for line in lines) and any("softmax_scale" in line for line in lines)
+
+
+def test_an_embedding_of_its_own_in_a_stack_is_refused_and_one_under_another_name_is_read(tmp_path: Path) -> None:
+    transformers_t5(next(iter(FORMS))).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    stored = load_file(file)
+    expected = stored["shared.weight"].clone()
+    for second in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"):
+        save_file({**stored, second: expected + 1.0}, file, {"format": "pt"})
+        with pytest.raises(ConfigError, match=f"the stored {second} is not shared.weight"):
+            adopt(Folder.open(tmp_path), tmp_path / "ours")
+        save_file({**stored, second: expected}, file, {"format": "pt"})
+        adopt(Folder.open(tmp_path), tmp_path / second)
+    alone = {name: value for name, value in stored.items() if name != "shared.weight"}
+    save_file({**alone, "encoder.embed_tokens.weight": expected}, file, {"format": "pt"})
+    adopt(Folder.open(tmp_path), tmp_path / "alone")
+    stored_model = open_model(tmp_path / "alone")
+    (shape,) = [one for one in stored_model.table if one.name == "word_embeddings.weight"]
+    assert torch.equal(stored_model.full_tensor(shape)[: len(expected)], expected)
