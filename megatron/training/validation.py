@@ -30,7 +30,7 @@ def evaluate(schedule: TrainSchedule, context: LoopContext, state: RunState) -> 
 def _losses(schedule: TrainSchedule, context: LoopContext, state: RunState, split: str) -> bool:
     """Reports the loss of each set of validation data as a metric of `split`; False after a stop request."""
     assert context.valid is not None, "there is validation data wherever an evaluation is due"
-    number = (state.iteration - 1) // schedule.eval_interval if schedule.eval_interval else 0
+    number = max(state.iteration - 1, 0) // schedule.eval_interval if schedule.eval_interval else 0
     first_sample = number * schedule.eval_iters * schedule.samples
     own = [(f"{split}/{name}", source) for name, source in context.valid_sets.items()]
     for name, source in [(split, context.valid), *own]:

@@ -194,8 +194,10 @@ def test_a_second_run_does_not_replace_the_checkpoints_of_the_first(dataset: str
 
 def test_a_run_of_no_steps_saves_the_untrained_model(dataset: str, tmp_path: Path) -> None:
     save = tmp_path / "save"
-    run(1, tmp_path, data_path=dataset, save=str(save), extra_save_iters=[0], train_iters=0, lr_decay_iters=10)
+    settings = {"data_path": dataset, "extra_save_iters": [0], "train_iters": 0, "lr_decay_iters": 10}
+    records = run(1, tmp_path, save=str(save), **settings)
     assert (save / "latest").read_text() == "global_step0"
+    assert len(series(records, "validation/lm_loss")) == 1
 
 
 def test_one_checkpoint_is_not_the_folder_of_a_run(two_steps: Path, dataset: str, tmp_path: Path) -> None:
