@@ -34,6 +34,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+if not __package__:  # started as a file: PYTHONPATH may come with double quotes in it
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+
 from megatron.errors import ConfigError
 from megatron.launcher.rank_env import set_rank_env
 from megatron.output_streams import ignore_lost_output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 
 from megatron.config.config import FIELDS
 from megatron.errors import ConfigError
+from megatron.launcher.arguments import CHECKOUT
 from megatron.launcher.cli import main
 from megatron.launcher.commands.local import Rendezvous, torchrun_command
 from megatron.launcher.commands.multi_host import LAUNCHERS, PROGRAMS, RANK_FILE, multi_host_command
@@ -296,10 +298,67 @@ def test_a_stranger_at_the_network_is_sent_away(flux: Deepy) -> None:
     assert code == 0, err
 
 
+@pytest.mark.parametrize("name", ["my dir", "a(b)", "$HOME", "it's", "*", "50%n", "a;b", "{a,b}"])
+def test_a_folder_that_a_shell_behind_pdsh_would_change(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    with monkeypatch.context() as patch:
+        patch.chdir(folder)
+        with pytest.raises(ConfigError, match=r"the path of the working folder holds .* another launcher than pdsh"):
+            argv("pdsh")
+    monkeypatch.setattr(sys, "executable", str(folder / "python"))
+    with pytest.raises(ConfigError, match="the path of the interpreter holds"):
+        argv("pdsh")
+
+
+def test_a_plain_folder_is_one_word_for_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "Ünï_1-2+3=4.5,6:7@8"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    assert argv("pdsh")
+    done = subprocess.run(
+        ["bash", "-c", f"cd {folder}; pwd"], capture_output=True, cwd="/", encoding="utf-8", check=True
+    )
+    assert (done.stdout, done.stderr) == (f"{folder}\n", "")
+
+
+@pytest.mark.parametrize("launcher", ["openmpi", "mpich", "impi", "mvapich", "slurm"])
+def test_ranks_find_modules_beside_a_folder_with_a_blank(
+    launcher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSpeed's runner puts PYTHONPATH in double quotes, and no shell of these launchers takes them off again."""
+    from deepspeed.launcher.multinode_runner import MultiNodeRunner
+
+    for name in ("my dir, too", "plain"):
+        folder = tmp_path / name
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        command = multi_host_command(EVEN, Rendezvous(launcher=launcher), WORKER, RUN, {})
+        expected = f"{folder}:{CHECKOUT}"
+        assert (f"PYTHONPATH={expected}" in command.argv) == (name != "plain")
+        exports = SimpleNamespace(exports={})
+        MultiNodeRunner.add_export(exports, "PYTHONPATH", expected)
+        shown = [sys.executable, "-c", "import sys; print(sys.path[1:3])"]
+        given = ["PYTHONPATH=" + expected] if name != "plain" else []
+        done = subprocess.run(
+            [sys.executable, "-S", str(RANK_FILE), *given, *shown[1:]],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd="/",
+            env=exports.exports,
+        )
+        assert done.stdout == f"{[str(folder), str(CHECKOUT)]}\n", done.stderr
+
+
 @pytest.mark.parametrize(
     "value",
     [
         "cores(1)",
+        "/tmp/nccl.%h.%p",
+        "100%% of %n",
         "allreduce:tree;broadcast:ring",
         "{0,1},{2,3}",
         "{0:4}, {4:4}",
@@ -326,8 +385,10 @@ def test_a_shell_behind_pdsh_reads_every_variable_as_it_is(value: str) -> None:
     from deepspeed.launcher.multinode_runner import PDSHRunner
 
     handed_on = PDSHRunner.parse_user_args(SimpleNamespace(args=SimpleNamespace(user_args=list(words))))
+    names = {"h": "a", "u": "root", "n": "0", "%": "%"}
+    of_pdsh = [re.sub("%([hun%])", lambda found: names[found.group(1)], word) for word in handed_on]
     done = subprocess.run(
-        ["bash", "-c", f"printf '%s\\0' {' '.join(handed_on)}"], capture_output=True, text=True, check=True
+        ["bash", "-c", f"printf '%s\\0' {' '.join(of_pdsh)}"], capture_output=True, text=True, check=True
     )
     read = done.stdout.split("\0")[:-1]
     assert f"NCCL_VALUE={value}" in read

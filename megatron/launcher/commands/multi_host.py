@@ -7,6 +7,7 @@ a selection of hosts; every rank gets the address of rank 0; variables are passe
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import sys
@@ -14,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron.errors import ConfigError
+from megatron.errors import ConfigError, ConfigIssue
 from megatron.launcher.arguments import CHECKOUT
 from megatron.launcher.commands.local import (
     DEFAULT_PORT,
@@ -42,6 +43,9 @@ FORWARDED_ENV = (
     PLUGINS,
 )
 """Variables of the caller that ranks on other hosts get as well; none of them is a secret."""
+_CHANGED_BY_SHELLS = re.compile(r"[\s|&;<>()$`\\\"'*?\[\]{}!#~^%]")  # pdsh itself replaces what follows a %
+_UNQUOTED = re.compile(r"[A-Za-z0-9_@%+=:./-]*")
+"""What DeepSpeed's runner hands to every launcher as it is; srun would split values at commas."""
 RANK_FILE = CHECKOUT / "megatron" / "launcher" / "rank_agent.py"
 
 
@@ -117,6 +121,9 @@ def multi_host_command(
         settings.append(f"MASTER_ADDR={rendezvous.master_addr}")
     if build is _slurm and rendezvous.master_port != DEFAULT_PORT:
         settings.append(f"MASTER_PORT={rendezvous.master_port}")
+    paths = os.pathsep.join([str(Path.cwd()), *search_paths(caller).values()])  # as the runner joins them
+    if build in (_mpi, _uniform_mpi, _slurm) and not _UNQUOTED.fullmatch(paths):
+        settings.append(f"PYTHONPATH={paths}")  # the runner's double quotes would become a part of the value
     rank = ("--log-dir", str(log_dir), *settings, *worker)
     hostfile = "".join(f"{host} slots={_slots_in_file(slots)}\n" for host, slots in machines.hosts.items())
     return Command(build(Launch(machines, rendezvous, rank, log_dir)), search_paths(caller), hostfile)
@@ -146,6 +153,7 @@ def _runner(launch: Launch, *options: str, arguments: str = "") -> tuple[str, ..
 
 def _pdsh(launch: Launch) -> tuple[str, ...]:
     hosts = launch.machines.hosts
+    _require_bare_paths()
     options: tuple[str, ...] = ("--no_local_rank", "--module")
     if any("@" in host for host in hosts):  # the runner would read the @ as the end of a host
         launch.require_full_hosts("choose whole hosts, or name the user in ~/.ssh/config instead of the hostfile")
@@ -155,12 +163,31 @@ def _pdsh(launch: Launch) -> tuple[str, ...]:
     return (*_runner(launch, *options), RANK_MODULE, *(quote_for_pdsh(word) for word in launch.rank))
 
 
+def _require_bare_paths() -> None:
+    """Raises ConfigError where a shell would change a path that DeepSpeed's runner writes bare into its command.
+
+    The shell of a host would stay in the home folder, and read and write relative paths of the configuration there.
+    """
+    paths = {"the working folder": str(Path.cwd()), "the interpreter": sys.executable, "the checkout": str(CHECKOUT)}
+    hint = "use a path of letters, digits and any of /_-+=.,:@, or another launcher than pdsh"
+    ConfigError.raise_any(
+        ConfigIssue(
+            f"the path of {what} holds {found.group()!r}, which the shells of hosts behind pdsh would change",
+            location=path,
+            hint=hint,
+        )
+        for what, path in paths.items()
+        if (found := _CHANGED_BY_SHELLS.search(path))
+    )
+
+
 def quote_for_pdsh(word: str) -> str:
     """Returns a word that the shell of a host behind pdsh reads as the given one.
 
     DeepSpeed's runner puts a word that holds a blank into double quotes, in which the shell still replaces variables,
-    and hands on every other word bare.
+    and hands on every other word bare. pdsh itself replaces %h, %u and %n in every word, and %% by %.
     """
+    word = word.replace("%", "%%")
     if " " in word:
         return re.sub(r"([\\$`])", r"\\\1", word)
     return shlex.quote(word)
