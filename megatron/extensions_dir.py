@@ -41,3 +41,12 @@ def user_cache(environment: Mapping[str, str]) -> Path:
             location="environment",
             hint="set HOME to a folder that can be written, or XDG_CACHE_HOME",
         ) from error
+
+
+def not_writable(folder: str | Path, error: OSError) -> ConfigError:
+    """Returns the error of an operator that must be compiled, in a folder of extensions that cannot be written."""
+    return ConfigError.of(
+        f"operators cannot be compiled into this folder: {error.strerror or error}",
+        location=str(folder),
+        hint=f"set {VARIABLE} or XDG_CACHE_HOME to a folder that this user can write, the same on every host",
+    )

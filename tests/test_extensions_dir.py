@@ -9,6 +9,7 @@ import pytest
 
 from megatron.errors import ConfigError
 from megatron.extensions_dir import VARIABLE, extensions_folder, user_cache
+from megatron.kernels import cpp_build
 from megatron.metrics.wandb_key import wandb_key
 
 
@@ -19,7 +20,7 @@ def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
     def unknown(uid: int) -> None:
         raise KeyError(f"getpwuid(): uid not found: {uid}")
 
-    for name in ("HOME", "NETRC", "WANDB_API_KEY", "WANDB_LOCAL"):
+    for name in (VARIABLE, "XDG_CACHE_HOME", "HOME", "NETRC", "WANDB_API_KEY", "WANDB_LOCAL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(pwd, "getpwuid", unknown)
 
@@ -39,3 +40,7 @@ def test_a_user_without_a_home_folder_names_one(homeless: None) -> None:
 
 def test_a_user_without_a_home_folder_has_no_key(homeless: None) -> None:
     assert wandb_key("https://api.wandb.ai") is None
+
+
+def test_a_user_without_a_home_folder_trains_without_compiled_kernels(homeless: None) -> None:
+    assert "no home folder" in str(cpp_build.library.__wrapped__())

@@ -20,13 +20,20 @@ from megatron import extensions_dir
 
 @contextmanager
 def build_lock(builder: Any) -> Iterator[None]:
-    """Holds the build lock while the op of one of DeepSpeed's builders is loaded."""
+    """Holds the build lock while the op of one of DeepSpeed's builders is loaded.
+
+    Raises ConfigError where its folder cannot be written.
+    """
     from torch.utils.cpp_extension import _get_build_directory
 
     prepend_interpreter_to_path(os.environ)
     os.environ.setdefault(extensions_dir.VARIABLE, str(extensions_dir.extensions_folder(os.environ)))
-    folder = Path(_get_build_directory(builder.name, verbose=False))
-    with (folder / "in_use").open("w") as turn:
+    try:
+        folder = Path(_get_build_directory(builder.name, verbose=False))
+        turn = (folder / "in_use").open("w")
+    except OSError as error:
+        raise extensions_dir.not_writable(os.environ[extensions_dir.VARIABLE], error) from error
+    with turn:
         fcntl.flock(turn, fcntl.LOCK_EX)
         (folder / "lock").unlink(missing_ok=True)
         yield

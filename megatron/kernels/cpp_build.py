@@ -18,7 +18,8 @@ import subprocess
 from pathlib import Path
 
 from megatron.atomic import atomic_path
-from megatron.extensions_dir import extensions_folder
+from megatron.errors import ConfigError
+from megatron.extensions_dir import VARIABLE, extensions_folder
 from megatron.log import get_logger
 
 FOLDER = Path(__file__).parent / "csrc"
@@ -35,7 +36,10 @@ def library() -> ctypes.CDLL | str:
     """Returns the compiled library, or the reason why there is none. Compiles it if necessary."""
     if os.environ.get(SWITCH) == "0":
         return f"{SWITCH}=0 switches our compiled kernels off."
-    found = compiled(extensions_folder(os.environ) / "neox_kernels", os.environ.get("CXX") or "g++")
+    try:
+        found: Path | str = compiled(extensions_folder(os.environ) / "neox_kernels", os.environ.get("CXX") or "g++")
+    except ConfigError as error:  # there is no home folder
+        found = f"They cannot be compiled: {error}."
     if isinstance(found, str):
         get_logger(__name__).info("attention and decoding go on without the compiled kernels: %s", found)
         return found
@@ -71,7 +75,10 @@ def compiled(folder: Path, compiler: str) -> Path | str:
                     subprocess.run(command, check=True, capture_output=True, text=True, timeout=_SECONDS)
     except subprocess.CalledProcessError as error:
         return f"{program} cannot compile {FOLDER}: {(error.stderr or '').strip()[:500] or error}."
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except OSError as error:
+        reason = error.strerror or error
+        return f"{FOLDER} cannot be compiled into {folder}: {reason}; the variable {VARIABLE} names another folder."
+    except subprocess.TimeoutExpired as error:
         return f"{FOLDER} cannot be compiled into {folder}: {error}."
     return file
 

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 
 from megatron.config import Config
 from megatron.errors import ConfigError, ConfigIssue
-from megatron.extensions_dir import extensions_folder
+from megatron.extensions_dir import extensions_folder, not_writable
 from megatron.registry import CPU_OFFLOAD, OPTIMIZERS
 
 HOST_ADAM = "cpu_adam"
@@ -70,8 +71,9 @@ def check(
         what, hint = "Transformer Engine computes on NVIDIA GPUs, and this run has none", "leave it out"
         missing += [ConfigIssue(what, key=key, value=True, hint=hint) for key in gpu_layers]
     if any(isinstance(value, Mapping) and value.get("device") == "nvme" for value in (zero or {}).values()):
-        missing += missing_for_disk(environment)
+        missing += [*missing_for_disk(environment), *_folder_issues(extensions_folder(environment))]
     if host_adam:
+        missing += _folder_issues(op_folder(environment))
         missing += missing_for_build(environment, built=(op_folder(environment) / f"{HOST_ADAM}.so").exists())
     ConfigError.raise_any([*missing, *kernels])
 
@@ -112,6 +114,16 @@ def missing_for_disk(environment: Mapping[str, str]) -> list[ConfigIssue]:
         return []
     what = "there is no libaio: offloading to a disk (device: nvme) needs it"
     return [ConfigIssue(what, key="zero_optimization", hint="install it (Debian: libaio-dev), or write device: cpu")]
+
+
+def _folder_issues(folder: Path) -> tuple[ConfigIssue, ...]:
+    """Returns the issue of a folder for compiled operators that cannot be made, or written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return ()
+    except OSError as error:
+        return not_writable(folder, error).issues
 
 
 def op_folder(environment: Mapping[str, str]) -> Path:

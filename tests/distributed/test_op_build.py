@@ -12,6 +12,7 @@ import torch
 
 from megatron.distributed.init import init_distributed
 from megatron.distributed.op_build import build_lock, prepend_interpreter_to_path
+from megatron.errors import ConfigError
 from tests.multi_rank import run_distributed
 
 
@@ -23,6 +24,14 @@ def test_the_lock_of_a_killed_process_holds_nobody_up(tmp_path: Path, monkeypatc
     lock.touch()
     with build_lock(SimpleNamespace(name="some_op")):
         assert not lock.exists()
+
+
+def test_a_folder_that_cannot_be_made_names_the_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/proc/nowhere/made")
+    monkeypatch.setenv("PATH", os.environ["PATH"])
+    named = r"/proc/nowhere/made: operators cannot be compiled .*; set TORCH_EXTENSIONS_DIR or XDG_CACHE_HOME"
+    with pytest.raises(ConfigError, match=named), build_lock(SimpleNamespace(name="some_op")):
+        pass
 
 
 def _start_anew(rank: int, world_size: int) -> tuple[bool, float, list[str]]:

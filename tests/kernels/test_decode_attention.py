@@ -1,6 +1,7 @@
 """Attention of one query against float64, for every shape of heads, type and raggedness, and its compilation."""
 
 import ctypes
+from pathlib import Path
 
 import pytest
 import torch
@@ -71,6 +72,7 @@ def test_it_is_compiled_once_and_a_missing_compiler_is_reported(tmp_path, monkey
     first = cpp_build.compiled(tmp_path, "g++")
     made = first.stat().st_mtime_ns
     assert cpp_build.compiled(tmp_path, "g++") == first and first.stat().st_mtime_ns == made
+    assert "TORCH_EXTENSIONS_DIR names another folder" in str(cpp_build.compiled(Path("/proc/no"), "g++"))
     assert "no C++ compiler" in cpp_build.compiled(tmp_path, "no-such-compiler")
     (tmp_path / "broken").write_text("#!/bin/sh\necho no >&2; test $1 = --version\n")
     (tmp_path / "broken").chmod(0o755)

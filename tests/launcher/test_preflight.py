@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch.utils.cpp_extension import _get_build_directory
@@ -56,6 +57,16 @@ def test_a_compiled_op_needs_only_ninja(tmp_path: Path) -> None:
     assert len(caught.value.issues) == 1
     (programs / "ninja").touch(mode=0o755)
     check("cpu", environment, host_adam=True)
+
+
+@pytest.mark.parametrize(
+    "needs", [{"host_adam": True}, {"zero": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/disk"}}}]
+)
+def test_operators_need_a_folder_that_can_be_written(needs: dict[str, Any]) -> None:
+    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": "/proc/nowhere/made"}
+    with pytest.raises(ConfigError, match=r"operators cannot be compiled into this folder.*set TORCH_EXTENSIONS_DIR"):
+        check("cpu", environment, **needs)
+    check("cpu", environment)  # no other run needs one
 
 
 def test_a_compiler_of_the_users_choice_counts(tmp_path: Path) -> None:
