@@ -74,7 +74,8 @@ class OutlierSteps:
         limit = self.limit()
         outlier = skipped.to(limit.device) & (known > limit - 1e-6 * limit.abs())
         last = self._losses[-1] if len(self._losses) else torch.zeros_like(known)
-        finite = torch.where(known.isfinite(), known, last)
+        usable = known.isfinite() & (known != 0)  # 0 is of a batch without a label
+        finite = torch.where(usable, known, last)
         self._losses = torch.cat([self._losses, finite.view(1)])[-self._window :]
         return outlier
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 def step_metrics(
     *,
-    loss: float,
+    loss: float | None,
     learning_rate: float,
     grad_norm: float,
     loss_scale: float,
@@ -25,7 +25,7 @@ def step_metrics(
     """Return the metrics of the steps since the last report; reporter.py lists their units.
 
     Args:
-        loss: Mean loss of the steps [nats per token].
+        loss: Mean loss of the steps [nats per token]; None where no token had a label, which reports none.
         learning_rate: Learning rate of the last step.
         grad_norm: Gradient norm of the last step, before clipping.
         loss_scale: Loss scale of the last step.
@@ -38,8 +38,8 @@ def step_metrics(
         peak_memory_bytes: Largest memory of a rank [bytes].
     """
     flops_per_second = flops / seconds
-    metrics = {
-        "train/lm_loss": loss,
+    metrics = {} if loss is None else {"train/lm_loss": loss}
+    metrics |= {
         "train/learning_rate": learning_rate,
         "train/grad_norm": grad_norm,
         "train/loss_scale": loss_scale,

@@ -9,6 +9,8 @@ from torch import Tensor
 from megatron.distributed.mesh import Topology
 
 ORDER = "sop_loss"
+FURTHER = "mtp_"
+"""What begins names of losses of further tokens, which take labels of tokens."""
 
 
 class LossParts:

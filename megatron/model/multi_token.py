@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from megatron.distributed.param_init import ParamFactory
 from megatron.distributed.tensor_parallel.linear_cross_entropy import TokenTargets
 from megatron.model.block_spec import BlockSpec
-from megatron.model.loss_parts import LossParts
+from megatron.model.loss_parts import FURTHER, LossParts
 
 Block = Callable[..., nn.Module]
 
@@ -139,7 +139,7 @@ def further_hidden(
 
 def part_name(depth: int) -> str:
     """Returns the metric of the loss of module `depth`, from 1."""
-    return f"mtp_{depth}_loss"
+    return f"{FURTHER}{depth}_loss"
 
 
 def shifted(values: Tensor, by: int) -> Tensor:

@@ -19,6 +19,7 @@ from megatron.engine.engine import StepResult
 from megatron.errors import RunError
 from megatron.metrics.step_metrics import step_metrics
 from megatron.metrics.timers import StepClock
+from megatron.model.loss_parts import FURTHER
 from megatron.training import intervals
 from megatron.training.loop_context import LoopContext, TrainSchedule
 from megatron.training.run_state import RunState
@@ -159,16 +160,15 @@ class _Window:
         self.sizes.append(size)
         self.last = result
 
-    def take(self) -> tuple[float, StepResult, list[StepSize]]:
+    def take(self) -> tuple[float | None, StepResult, list[StepSize]]:
         """Mean loss of the window, its last step and the sizes of its steps; empties it.
 
-        Steps without a token to learn have no loss; where all are such, the mean is 0.
+        Steps without a token to learn have no loss; where all are such, neither has the window.
         """
         assert self.last is not None, "a report follows a step"
-        losses, learns = torch.stack(self.losses), torch.stack(self.learns)
-        losses = losses[learns] if learns.any() else losses
+        losses, sizes = torch.stack(self.losses)[torch.stack(self.learns)], list(self.sizes)
         finite = losses[losses.isfinite()]  # a step that was left out may have had no number
-        mean, sizes = float((finite if len(finite) else losses).mean()), list(self.sizes)
+        mean = float((finite if len(finite) else losses).mean()) if len(losses) else None
         self.losses.clear()
         self.learns.clear()
         self.sizes.clear()
@@ -178,12 +178,18 @@ class _Window:
 def _report(schedule: TrainSchedule, context: LoopContext, state: RunState, window: _Window) -> None:
     seconds = window.clock.lap()
     loss, last, sizes = window.take()
+    if loss is None:
+        steps = "1 step" if len(sizes) == 1 else f"{len(sizes)} steps"
+        context.reporter.message(
+            f"{steps} up to iteration {state.iteration} had no label in the batch, and so no loss: see the labels or "
+            "loss masks of the data"
+        )
     metrics = step_metrics(
         loss=loss,
         learning_rate=last.learning_rate,
         grad_norm=float(last.grad_norm),
         loss_scale=last.loss_scale,
-        more={name: float(value) for name, value in last.more.items()},
+        more=_reported(last),
         consumed_tokens=state.consumed_tokens,
         seconds=seconds,
         tokens=sum(size.tokens for size in sizes) / len(sizes),
@@ -192,6 +198,12 @@ def _report(schedule: TrainSchedule, context: LoopContext, state: RunState, wind
         peak_memory_bytes=float(context.peak_memory()),
     )
     context.reporter.train(state.iteration, {**metrics, **context.hooks.metrics()}, total_iterations=schedule.total)
+
+
+def _reported(step: StepResult) -> dict[str, float]:
+    """Returns the further values of a step; without losses of tokens where none had a label."""
+    learns = step.learns is None or bool(step.learns)
+    return {name: float(value) for name, value in step.more.items() if learns or not name.startswith(FURTHER)}
 
 
 def _lr_step(schedule: TrainSchedule, state: RunState, size: StepSize) -> int:

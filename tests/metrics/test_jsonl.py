@@ -49,6 +49,12 @@ def test_validation_of_the_branch_that_was_left_is_gone(tmp_path):
     assert [r["iteration"] for r in read_metrics(path)] == [10, 11]
 
 
+def test_a_training_record_without_a_loss_drops_what_was_left(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write(path, (10, {"train/lm_loss": 3.0}), (12, {"train/lm_loss": 2.9}), (11, {"train/learning_rate": 0.1}))
+    assert [r["iteration"] for r in read_metrics(path)] == [10, 11]
+
+
 def test_values_that_are_not_finite_stay_valid_json(tmp_path):
     path = tmp_path / "metrics.jsonl"
     write(path, (1, {"train/lm_loss": math.nan, "train/grad_norm": math.inf}))

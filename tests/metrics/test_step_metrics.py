@@ -30,3 +30,8 @@ def test_speeds_are_those_of_one_step() -> None:
 
 def test_an_unknown_peak_gives_no_utilization() -> None:
     assert "runtime/model_flops_utilization" not in step_metrics(**STEP, peak_flops=0.0)
+
+
+def test_steps_without_a_label_report_no_loss() -> None:
+    found, labelled = (step_metrics(**{**STEP, "loss": loss}, peak_flops=0.0) for loss in (None, 2.5))
+    assert labelled.keys() - found.keys() == {"train/lm_loss"}

@@ -55,6 +55,13 @@ def test_the_limit_is_that_of_the_last_losses() -> None:
     assert not bool(history.end(torch.tensor(2.0), torch.tensor(True))), "a gradient that was not finite is no outlier"
 
 
+def test_a_step_without_a_label_changes_no_limit() -> None:
+    history = OutlierSteps(DEVIATIONS, 2, torch.device("cpu"))
+    for loss in (3.0, 3.2, 3.2, 0.0):
+        history.end(torch.tensor(loss), torch.tensor(False))
+    assert float(history.limit()) == pytest.approx(3.2)
+
+
 def test_a_checkpoint_has_the_losses() -> None:
     first, second = (OutlierSteps(DEVIATIONS, 4, torch.device("cpu")) for _ in range(2))
     for loss in (3.0, 3.5, 2.5, 3.25, 3.125):

@@ -18,7 +18,8 @@ from megatron.errors import ConfigError
 from megatron.metrics.sinks.base import Observe, Start
 
 FILE_NAME = "metrics.jsonl"
-_TRAINING_MARK = "train/lm_loss"
+_TRAINING = "train/"
+"""What begins names of training values."""
 
 
 class JsonLines:
@@ -62,7 +63,7 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
     merged: dict[int, dict[str, float]] = {}
     for record in _lines(path):
         iteration = int(record["iteration"])
-        if _TRAINING_MARK in record:
+        if any(name.startswith(_TRAINING) for name in record):
             for stale in [known for known in merged if known >= iteration]:
                 del merged[stale]
         merged.setdefault(iteration, {}).update(record)
