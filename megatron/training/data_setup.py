@@ -18,6 +18,7 @@ from megatron.data.dataset.data_order import order_facts
 from megatron.data.dataset.masked_builder import MaskedData, MaskedSamples
 from megatron.data.dataset.span_builder import SpanData
 from megatron.data.dataset.summary import DataPlan
+from megatron.data.tasks.builder import TaskData
 from megatron.distributed.mesh import Topology
 from megatron.distributed.process_group import all_gather_list, barrier
 from megatron.errors import ConfigError, RunError
@@ -27,14 +28,17 @@ from megatron.tokenizer_info import TokenizerInfo, describe_tokenizer
 from megatron.tokenizers import Tokenizer
 from megatron.tokenizers.masking import masking_tokens, span_tokens
 from megatron.tokenizers.vocab_limit import full_tokenizer, known_ids
-from megatron.training.task_setup import build_task_data, task_of, with_epochs
+from megatron.training.task_setup import build_task_data, with_epochs
 
 
-def with_length(config: Config, start: Counters, tokenizer: Tokenizer) -> Config:
+def with_length(config: Config, start: Counters, tokenizer: Tokenizer, task: TaskData | None = None) -> Config:
     """Returns the configuration with its length in steps, computed from samples or epochs, which need the data.
 
-    start: the counters that the run starts from. The batch size of the steps before may have been another one.
-    tokenizer: tokenizer of the model.
+    Args:
+        config: configuration of the run.
+        start: the counters that the run starts from. The batch size of the steps before may have been another one.
+        tokenizer: tokenizer of the model.
+        task: rows of the task that a classifier is trained on.
     """
     training, schedule = config.training, config.schedule
     full = require(training.train_batch_size)
@@ -42,7 +46,6 @@ def with_length(config: Config, start: Counters, tokenizer: Tokenizer) -> Config
     if training.train_samples is not None:
         steps = ramp.steps(training.train_samples, start.consumed_samples)
         return config.replace(train_iters=start.iteration + steps)
-    task = task_of(config, tokenizer)
     if task is not None:
         return with_epochs(config, task)
     if training.train_epochs is None:
@@ -68,7 +71,13 @@ def with_length(config: Config, start: Counters, tokenizer: Tokenizer) -> Config
     return config.replace(train_iters=steps, lr_decay_iters=horizon)
 
 
-def build_run_data(config: Config, topology: Topology, tokenizer: Tokenizer, start: Counters | None = None) -> Data:
+def build_run_data(
+    config: Config,
+    topology: Topology,
+    tokenizer: Tokenizer,
+    start: Counters | None = None,
+    task: TaskData | None = None,
+) -> Data:
     """Builds the data of a training run; collective. Raises ConfigError if there is nothing to train on.
 
     Args:
@@ -76,10 +85,10 @@ def build_run_data(config: Config, topology: Topology, tokenizer: Tokenizer, sta
         topology: Axes of this rank.
         tokenizer: Tokenizer of the model.
         start: Counters that the run starts from; those of the first step unless given.
+        task: Rows of the task that a classifier is trained on.
     """
     training = config.training
     start = start or Counters()
-    task = task_of(config, tokenizer)
     if task is not None:
         return build_task_data(config, topology, task)
     samples = num_samples(training, train_iters(config), start, same_valid=config.data.valid_same_samples)

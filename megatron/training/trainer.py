@@ -125,8 +125,9 @@ def _train(config: Config, topology: Topology, stop: Stop, watchdog: Watchdog, h
     tokenizer, vocabulary = build_vocabulary(config, topology, tokenizer, may_grow=config.checkpoint.finetune)
     checkpoint = _starting_point(config, vocabulary, tokenizer)
     start = checkpoint.counters() if checkpoint else Counters()
-    config = with_length(config, start, tokenizer)
-    data = build_run_data(config, topology, tokenizer, start)
+    task = task_of(config, tokenizer)
+    config = with_length(config, start, tokenizer, task)
+    data = build_run_data(config, topology, tokenizer, start, task)
     inputs = run_inputs(config, data, tokenizer, checkpoint)
     _claim_folder(config, checkpoint, inputs, leads=leads)
     evaluated = _evaluation_mark(config, checkpoint, leads=leads)
@@ -149,7 +150,6 @@ def _train(config: Config, topology: Topology, stop: Stop, watchdog: Watchdog, h
     try:
         schedule = _train_schedule(config, topology, vocabulary, reporter)
         saver = _saver(config, engine, vocabulary, checkpoint, inputs, reporter.message)
-        task = task_of(config, tokenizer)
         tasks = live_evaluation(config, engine, tokenizer, topology, stop_requested=lambda: stop.requested)
         hooks: list[Hook] = [
             ActivityHook(watchdog),

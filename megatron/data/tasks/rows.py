@@ -16,8 +16,6 @@ from typing import Any
 from megatron.errors import ConfigError, RunError
 
 UNLABELED = -1
-MEANINGS = ("text", "text_pair", "label", "choices", "id")
-"""What a field of a row may be."""
 _OF_PUBLIC_TASKS = ("race", "mnli", "qqp")
 LONGEST_CELL = 1 << 27
 """Most characters of a cell of a tsv."""

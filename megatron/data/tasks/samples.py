@@ -118,7 +118,7 @@ class TaskSamples:
         self._encoding.write(row, tokens[None], types, starts)
 
     def origin(self, number: int, position: int) -> Origin:
-        """Samples of tasks come from no token file."""
+        """Samples of tasks come from no token file; `TaskLoader` makes their ids itself, so none is traced back."""
         raise NotImplementedError
 
 

@@ -31,6 +31,7 @@ from megatron.tokenizers import build_tokenizer
 from megatron.training.data_setup import build_run_data
 from megatron.training.mup.activation_stats import ActivationRecorder, Curves, Sizes
 from megatron.training.mup.plot import draw, require_matplotlib
+from megatron.training.task_setup import task_of
 
 MODELS, STEPS = 4, 4
 """How many widths are compared, and how many steps each model makes."""
@@ -53,7 +54,7 @@ def coord_check(config: Config) -> None:
         rows = padded_vocab_size(
             tokenizer.vocab_size, config.tokenizer.make_vocab_size_divisible_by, topology.model.size
         )
-        train = build_run_data(config, topology, tokenizer).train
+        train = build_run_data(config, topology, tokenizer, task=task_of(config, tokenizer)).train
         assert train is not None, "build_run_data refuses a run without data"
         batches = train.batches()
         step = [next(batches) for _ in range(require(config.training.gradient_accumulation_steps))]
