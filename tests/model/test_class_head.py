@@ -14,8 +14,17 @@ from transformers import MegatronBertConfig, MegatronBertForMultipleChoice, Mega
 
 from megatron.distributed.mesh import Topology
 from megatron.objectives.classification import Classification, ClassScores
-from tests.model.sections import VOCABULARY, build, disturb
-from tests.model.test_masked_model import BATCH, ENCODER, HEADS, HIDDEN, LAYERS, LENGTH, batch, transformers_names
+from tests.model.sections import build, disturb
+from tests.model.test_masked_model import (
+    BATCH,
+    ENCODER,
+    LAYERS,
+    LENGTH,
+    SETTINGS,
+    batch,
+    transformers_names,
+    under_our_names,
+)
 
 CHOICES = {"classes": 1, "answers": 3}
 LABELS = {"classes": [2, 0, 1], "answers": [1]}
@@ -23,38 +32,17 @@ LABELS = {"classes": [2, 0, 1], "answers": [1]}
 
 def theirs_of(kind: str) -> Any:
     torch.manual_seed(4)
-    config = MegatronBertConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        intermediate_size=176,
-        max_position_embeddings=32,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        layer_norm_eps=1e-5,
-        initializer_range=0.1,
-        num_labels=3,
-    )
+    config = MegatronBertConfig(**SETTINGS, num_labels=3)
     made = {"classes": MegatronBertForSequenceClassification, "answers": MegatronBertForMultipleChoice}[kind]
     model = made(config).train()
     disturb(model)
     return model
 
 
-def under_our_names(theirs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors of transformers, parameters or gradients, under our names, with heads as ours are."""
+def class_names() -> dict[str, str]:
+    """Our name -> transformers' name of the tensors that are the same."""
     names = {ours: name for ours, name in transformers_names().items() if not name.startswith("cls.")}
-    names |= {f"{LAYERS + 4}.classifier.{kind}": f"classifier.{kind}" for kind in ("weight", "bias")}
-    found = {ours: theirs[name] for ours, name in names.items()}
-    for block in range(LAYERS):
-        for kind in ("weight", "bias"):
-            parts = [
-                theirs[f"bert.encoder.layer.{block}.attention.self.{name}.{kind}"].unflatten(0, (HEADS, -1))
-                for name in ("query", "key", "value")
-            ]
-            found[f"{block + 2}.attention.query_key_value.{kind}"] = torch.stack(parts, dim=1).flatten(0, 2)
-    return found
+    return names | {f"{LAYERS + 4}.classifier.{kind}": f"classifier.{kind}" for kind in ("weight", "bias")}
 
 
 @pytest.mark.parametrize("kind", CHOICES)
@@ -63,7 +51,7 @@ def test_logits_losses_and_gradients_equal_transformers(kind: str) -> None:
     head = {"lm_head": "classification", "num_classes": 3 if choices == 1 else 1, "bert_binary_head": False}
     ours = build(reset_attention=True, **{**ENCODER, **head})
     parameters = {name.removeprefix("sequential."): each for name, each in ours.named_parameters()}
-    source = under_our_names(dict(theirs.named_parameters()))
+    source = under_our_names(dict(theirs.named_parameters()), class_names())
     assert source.keys() == parameters.keys()
     with torch.no_grad():
         for name, value in source.items():
@@ -84,7 +72,7 @@ def test_logits_losses_and_gradients_equal_transformers(kind: str) -> None:
     loss = objective.loss(logits, labels, counted, axis, tokens=counted.sum())
     assert float(loss.detach()) == pytest.approx(float(expected.loss.detach()), rel=1e-6)
     loss.backward()
-    gradients = under_our_names({name: each.grad for name, each in theirs.named_parameters()})
+    gradients = under_our_names({name: each.grad for name, each in theirs.named_parameters()}, class_names())
     for name, gradient in gradients.items():
         found = parameters[name].grad
         torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-6, msg=partial("{}: {}".format, name))

@@ -5,6 +5,7 @@ A wrong mask of padding, token type, position, head, tied matrix or normalizatio
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 
 import pytest
@@ -32,6 +33,19 @@ ENCODER = {
     "pos_emb": "learned",
     "max_position_embeddings": 32,
     "seq_length": LENGTH,
+}
+
+SETTINGS = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "intermediate_size": 176,
+    "max_position_embeddings": 32,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "layer_norm_eps": 1e-5,
+    "initializer_range": 0.1,
 }
 
 
@@ -63,9 +77,12 @@ def transformers_names() -> dict[str, str]:
     return names | {f"{a}.{kind}": f"{b}.{kind}" for a, b in modules.items() for kind in ("weight", "bias")}
 
 
-def under_our_names(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of transformers, parameters or gradients, with queries, keys and values head by head."""
-    found = {ours: theirs[name] for ours, name in transformers_names().items()}
+def under_our_names(theirs: dict[str, Tensor], names: Mapping[str, str] | None = None) -> dict[str, Tensor]:
+    """Tensors of transformers, parameters or gradients, with queries, keys and values head by head.
+
+    names: our name -> theirs of the others; those of the masked language model unless given.
+    """
+    found = {ours: theirs[name] for ours, name in (names or transformers_names()).items()}
     for block in range(LAYERS):
         for kind in ("weight", "bias"):
             parts = [
@@ -79,18 +96,7 @@ def under_our_names(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def theirs() -> MegatronBertForPreTraining:
     torch.manual_seed(3)
-    config = MegatronBertConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        intermediate_size=176,
-        max_position_embeddings=32,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        layer_norm_eps=1e-5,
-        initializer_range=0.1,
-    )
+    config = MegatronBertConfig(**SETTINGS)
     model = MegatronBertForPreTraining(config).train()
     disturb(model)
     return model
