@@ -33,7 +33,7 @@ def frozen(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[d
     train_alone(1, folder / "trained", data_path=dataset, **saving)
     settings = {"text_gen_type": "unconditional", "num_samples": 100000, "sample_output_file": "texts.jsonl"}
     settings |= {"load": "save", "maximum_tokens": 20, "model_parallel_size": 2}
-    # Rows for long steps: rank 1 then stops within one, not between two.
+    # Rows for long steps: rank 1 then mostly stops within one.
     training = Run(folder / "trains", {"data_path": dataset, "train_batch_size": 128})
     writing = Run(folder / "writes", settings, "generate.py")
     try:
@@ -57,7 +57,7 @@ def test_a_frozen_rank_is_named(frozen: dict[str, tuple[Run, int]]) -> None:
     said = run.said()
     assert code == 1, said
     assert "rank 1 (host " in said and "no heartbeat for" in said, said
-    assert re.search(r"a collective failed at iteration \d+ \((training|reading data)\)", said), said
+    assert re.search(r"a collective failed at iteration \d+ \((training|reading data|between two steps)\)", said), said
     record = json.loads((run.folder / "logs" / "failures" / "rank_0.json").read_text())
     assert record["entries"][-1]["profiling_name"].startswith("gloo:")
 
