@@ -32,6 +32,7 @@ from megatron.config.schema.parallelism import ParallelismSection
 from megatron.config.schema.precision import PrecisionSection
 from megatron.config.schema.preference import PreferenceSection
 from megatron.config.schema.recompute import RecomputeSection
+from megatron.config.schema.retrieval import RetrievalSection
 from megatron.config.schema.schedule import ScheduleSection
 from megatron.config.schema.task import TaskSection
 from megatron.config.schema.tokenizer import TokenizerSection
@@ -116,6 +117,8 @@ class Config:
     """Tasks and validation."""
     task: TaskSection
     """Fine-tuning on a classification task."""
+    retrieval: RetrievalSection
+    """Encoders of queries and passages."""
     launch: LaunchSection
     """Hosts, launchers, restarts."""
 

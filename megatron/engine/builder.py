@@ -41,8 +41,8 @@ from megatron.engine.deepspeed_setup import (
 from megatron.engine.expert_bias import correction_biases
 from megatron.engine.expert_gather import local_experts
 from megatron.engine.fp8 import use_fp8
-from megatron.engine.freeze import allow_empty_grad_norm, freeze, optimizer_parameters, start_magnitudes, start_prompt
-from megatron.engine.inference_engine import InferenceEngine, build_stage, hold_magnitudes, pack
+from megatron.engine.freeze import allow_empty_grad_norm, freeze, optimizer_parameters, start_prompt
+from megatron.engine.inference_engine import InferenceEngine, build_stage, pack
 from megatron.engine.loss_setup import further_losses, loss_function, loss_parts, router_losses
 from megatron.engine.muon_step import MuonStep
 from megatron.engine.outlier_steps import outlier_steps
@@ -59,7 +59,10 @@ from megatron.model.layers import LayerSpec, build_layer_specs
 from megatron.model.loss_parts import LossParts
 from megatron.model.model_spec import ModelSpec
 from megatron.model.moe.losses import RouterLossTracker
+from megatron.model.multi_token import FurtherLosses
 from megatron.model.pipeline_model import PipelinedModel
+from megatron.model.recompute import Recompute
+from megatron.model.retrieval_model import RetrievalModel
 from megatron.model.sequential_model import SequentialModel
 from megatron.objectives.classification import ClassScores
 from megatron.optim.builder_args import OptimizerArgs
@@ -114,18 +117,16 @@ def build_training_engine(
         vocab_size: rows that are tokens; all unless set.
         checkpoint: checkpoint to load weights from.
         prompt_tokens: tokens whose vectors initialize a soft prompt that is not in the checkpoint.
-        scores: receives the logits of a classifier's evaluations.
+        scores: receives the logits or embeddings of evaluations.
     """
     silence_deepspeed()
     random = TensorParallelRNG(config.training.seed, topology.rank, device())
-    losses, parts = router_losses(config.moe), loss_parts(config.model)
+    losses, parts = router_losses(config.moe), loss_parts(config.model, config.retrieval)
     layout = pipe_layout(config)
     later = WeightGradients() if layout.schedule in SPLIT else None
     layer_specs = _layer_specs(config, topology, padded_vocab_size, random, vocab_size, losses, later, parts)
     recompute = full_recompute(config.recompute, topology, random, require(config.model.num_layers))
-    fused = config.kernels.fused_linear_cross_entropy
-    objective, choices = config.training.train_impl, config.task.task_choices or 1
-    loss = loss_function(objective, topology.model, vocab_size, fused=fused, choices=choices, scores=scores)
+    loss = loss_function(config, topology, vocab_size, parts=parts, scores=scores)
     further = further_losses(config.model, parts)
     model: Module
     if config.parallelism.is_pipe_parallel:
@@ -135,7 +136,7 @@ def build_training_engine(
         parameters = model.keyed_parameters()
         layers = model.layer_range
     else:
-        model = SequentialModel(layer_specs, recompute, further).to(device())
+        model = _plain_model(config, layer_specs, recompute, further).to(device())
         parameters = keyed_parameters(model)
         layers = range(len(layer_specs))
     use_transformer_engine(config.transformer_engine, model, topology, selective_recompute(config.recompute))
@@ -146,7 +147,6 @@ def build_training_engine(
     loaded = load_weights(stored, checkpoint, topology) if checkpoint is not None else set()
     if prompt_tokens and f"0.{PROMPT}" not in loaded:
         start_prompt(parameters, prompt_tokens, topology.model)
-    start_magnitudes(model, {id(parameters[key]) for key in loaded if key in parameters})
     freeze(parameters, tensors(ModelDims.of(config.model, config.moe, config.mixers), padded_vocab_size))
     initialised, clipper = _initialize(config, topology, model, parameters)
     average = weight_average(initialised.optimizer, parameters, config.optimizer.ema_decay)
@@ -173,6 +173,16 @@ def build_training_engine(
 
         return ScheduledEngine(**shared, layout=layout, weight_gradients=later)
     return PlainEngine(**shared, loss=loss)
+
+
+def _plain_model(
+    config: Config, layers: Sequence[LayerSpec], recompute: Recompute | None, further: FurtherLosses | None
+) -> Module:
+    """Builds the model as one module; recompute and further as for SequentialModel."""
+    towers = ModelDims.of(config.model, config.moe, config.mixers).towers
+    if towers:
+        return RetrievalModel(layers, towers, require(config.training.train_micro_batch_size_per_gpu), recompute)
+    return SequentialModel(layers, recompute, further)
 
 
 def build_inference_engine(
@@ -203,7 +213,6 @@ def build_inference_engine(
         )
     stage = build_stage(_layer_specs(config, topology, padded_vocab_size), topology)
     load_weights({**stage.parameters, **stage.buffers}, checkpoint, topology)
-    hold_magnitudes(stage)
     pack(stage)
     engine = InferenceEngine(
         stage,

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from megatron.config import Config
 from megatron.config.schema.model import ModelSection
 from megatron.config.schema.moe import MoeSection
-from megatron.distributed.mesh import Axis
+from megatron.config.schema.retrieval import RetrievalSection
+from megatron.config.validation.unknown_values import require
+from megatron.distributed.mesh import Topology
 from megatron.model.loss_function import LossFunction
 from megatron.model.loss_parts import LossParts
 from megatron.model.moe.losses import RouterLossTracker
 from megatron.model.multi_token import FurtherLosses, part_name
 from megatron.objectives.classification import Classification, ClassScores
-from megatron.registry import OBJECTIVES
+from megatron.objectives.retrieval import Retrieval, retrieval_parts
+from megatron.registry import OBJECTIVES, RETRIEVAL_HEAD
 
 
 def router_losses(moe: MoeSection) -> RouterLossTracker | None:
@@ -19,31 +25,48 @@ def router_losses(moe: MoeSection) -> RouterLossTracker | None:
 
 
 def loss_function(
-    train_impl: str,
-    axis: Axis,
+    config: Config,
+    topology: Topology,
     vocab_size: int | None,
     *,
-    fused: bool,
-    choices: int = 1,
+    parts: LossParts | None = None,
     scores: ClassScores | None = None,
 ) -> LossFunction:
     """Returns the objective as the engines call it.
 
     Args:
-        train_impl: name of the objective.
-        axis: tensor-parallel ranks.
+        config: names the objective and its settings.
+        topology: layout of the ranks.
         vocab_size: number of tokens; logits past them get no probability.
-        fused: compute the output layer and the loss together where the objective can.
-        choices: answers of a question of a multiple-choice task.
-        scores: receives the logits of a classifier's evaluations.
+        parts: receives the measurements of batches that an objective makes beside its loss.
+        scores: receives the logits or embeddings of evaluations.
     """
-    kind = OBJECTIVES.load(train_impl)
-    objective = kind(choices, scores) if kind is Classification else kind()
-    return LossFunction(objective, axis, vocab_size, fused=fused)
+    objective: Any
+    kind = OBJECTIVES.load(config.training.train_impl)
+    if kind is Classification:
+        objective = kind(config.task.task_choices or 1, scores)
+    elif kind is Retrieval:
+        section = config.retrieval
+        objective = kind(
+            require(config.training.train_micro_batch_size_per_gpu),
+            topology.data,
+            scale=require(config.model.hidden_size) ** -0.5 if section.retrieval_score_scaling else 1.0,
+            tops=section.retrieval_report_topk_accuracies,
+            parts=parts,
+            scores=scores,
+        )
+    else:
+        objective = kind()
+    return LossFunction(objective, topology.model, vocab_size, fused=config.kernels.fused_linear_cross_entropy)
 
 
-def loss_parts(model: ModelSection) -> LossParts | None:
-    """Returns what collects losses beside that of tokens; None for a model that has none."""
+def loss_parts(model: ModelSection, retrieval: RetrievalSection) -> LossParts | None:
+    """Returns what collects losses beside that of tokens; None for a model that has none.
+
+    model: its section. retrieval: names the measurements of encoders of queries and passages.
+    """
+    if model.lm_head == RETRIEVAL_HEAD:
+        return retrieval_parts(retrieval.retrieval_report_topk_accuracies)
     depths = model.mtp_num_layers or 0
     if depths:
         return LossParts(tuple(map(part_name, range(1, depths + 1))), model.mtp_loss_scaling_factor / depths)

@@ -6,7 +6,7 @@
 - L+2 identity
 - L+3 final norm
 - L+4 output layer, tied or with a matrix of its own; with further layers before it in a masked language model
-- L+5 .. modules that predict further tokens, in training
+- L+5 .. modules that predict further tokens, in training; or of a model with two encoders all layers of the second
 
 A LayerSpec only describes how to build its layer, so a pipeline stage builds its own layers and no others. Everything
 that can be decided once (which norm, which kernel, which initialization) is decided here.
@@ -15,7 +15,7 @@ that can be decided once (which norm, which kernel, which initialization) is dec
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -60,6 +60,7 @@ from megatron.model.moe.router import RouterOptions
 from megatron.model.multi_token import FurtherToken
 from megatron.model.norms.across_heads import AcrossHeadsNorm
 from megatron.model.positions.base import AttentionPositions
+from megatron.model.retrieval_head import RetrievalHead
 from megatron.param_table import FIRST_BLOCK, ModelDims
 from megatron.registry import (
     ACTIVATIONS,
@@ -99,9 +100,15 @@ class LayerSpec:
 
 def build_layer_specs(spec: ModelSpec) -> list[LayerSpec]:
     """Returns the layers of a model, in order."""
+    second = spec.behind(spec.dims.tower_layers) if spec.dims.towers > 1 else None
+    return _stack(spec) + ([] if second is None else _stack(second))
+
+
+def _stack(spec: ModelSpec) -> list[LayerSpec]:
+    """Returns the layers of one stack of blocks, from its embedding to its output layer."""
     blocks = _block_spec(spec)
     last = spec.dims.num_layers + 4
-    return [
+    layers = [
         LayerSpec(
             0, EncoderDecoderEmbedding if spec.dims.encoder_layers else EmbeddingLayer, {"spec": spec, "blocks": blocks}
         ),
@@ -119,6 +126,7 @@ def build_layer_specs(spec: ModelSpec) -> list[LayerSpec]:
         _output_layer(spec, blocks, last),
         *(_further_token(spec, blocks, last + depth) for depth in range(1, spec.dims.mtp_layers + 1)),
     ]
+    return [replace(layer, index=layer.index + spec.first_layer) for layer in layers]
 
 
 def _further_token(spec: ModelSpec, blocks: BlockSpec, index: int) -> LayerSpec:
@@ -138,6 +146,8 @@ def _final_norm(spec: ModelSpec, blocks: BlockSpec, index: int) -> LayerSpec:
 def _output_layer(spec: ModelSpec, blocks: BlockSpec, index: int) -> LayerSpec:
     if spec.dims.masked_head:
         return LayerSpec(index, MaskedHead, {"spec": spec, "blocks": blocks}, tied_to=0)
+    if spec.dims.towers:
+        return LayerSpec(index, RetrievalHead, {"spec": spec, "blocks": blocks})
     if spec.dims.classes:
         return LayerSpec(index, ClassHead, {"spec": spec, "blocks": blocks})
     two = spec.dims.encoder_layers > 0
@@ -241,8 +251,7 @@ def _lora_specs(low_rank: LowRank | None, random: TensorParallelRNG) -> dict[str
     """Returns the adapter of each targeted matrix, by the name of the target."""
     if low_rank is None:
         return {}
-    one = LoraSpec(low_rank.rank, low_rank.scale, low_rank.dropout, random, low_rank.magnitudes)
-    return dict.fromkeys(low_rank.targets, one)
+    return dict.fromkeys(low_rank.targets, LoraSpec(low_rank.rank, low_rank.scale, low_rank.dropout, random))
 
 
 def _attention(dims: ModelDims, kind: str, block: int) -> Callable[..., nn.Module]:

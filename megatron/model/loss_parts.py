@@ -26,20 +26,26 @@ class LossParts:
         self._names = names
         self.factor = factor
         self._sums: dict[str, Tensor] = {}
-        self._counts = dict.fromkeys(names, 0)
+        self._counts: dict[str, Tensor | int] = dict.fromkeys(names, 0)
 
-    def note(self, name: str, value: Tensor) -> None:
-        """Records the value of one micro batch, a scalar."""
+    def note(self, name: str, value: Tensor, count: Tensor | int = 1) -> None:
+        """Records the value of one micro batch, a scalar.
+
+        Args:
+            name: of the loss.
+            value: of the micro batch, or a sum over what it has.
+            count: how many values the sum has.
+        """
         value = value.detach().float()
         self._sums[name] = self._sums[name] + value if name in self._sums else value
-        self._counts[name] += 1
+        self._counts[name] = self._counts[name] + count
 
     def take(self, topology: Topology, device: torch.device) -> dict[str, Tensor]:
         """Returns name -> mean over micro batches and ranks since the last call; collective."""
         zero = torch.zeros((), device=device)
         totals = torch.stack(
             [self._sums.get(name, zero) for name in self._names]
-            + [torch.full((), float(self._counts[name]), device=device) for name in self._names]
+            + [torch.as_tensor(self._counts[name], dtype=torch.float32, device=device) for name in self._names]
         )
         for axis in (topology.dp_cp, topology.pipe):
             if axis.size > 1:

@@ -71,6 +71,8 @@ class ModelSpec:
     """Collects losses beside that of tokens, which the training engine reads; None for none."""
     weight_gradients: WeightGradients | None = None
     """Takes the gradients of weights that a backward pass leaves for later; None if it leaves none."""
+    first_layer: int = 0
+    """Index of the first layer in the model: that of the embedding of a second encoder."""
 
     @cached_property
     def dims(self) -> ModelDims:
@@ -115,10 +117,18 @@ class ModelSpec:
         return self.dims.hidden_size if self._base is None else self._base.hidden_size
 
     def param_factory(self, layer: int) -> ParamFactory:
-        """Returns the factory of the parameters of a layer, by its index in the model."""
+        """Returns the factory of the parameters of a layer. layer: its index, counted from `first_layer`."""
         return ParamFactory(
-            seed=self.seed, layer=layer, axis=self.topology.model, dtype=self.dtype, rescale=self._rescale
+            seed=self.seed,
+            layer=self.first_layer + layer,
+            axis=self.topology.model,
+            dtype=self.dtype,
+            rescale=self._rescale,
         )
+
+    def behind(self, layers: int) -> ModelSpec:
+        """Returns the spec of an encoder behind so many layers; both draw from the same generator."""
+        return replace(self, first_layer=layers, random=self.rng)
 
     @cached_property
     def _base(self) -> MupWidths | None:

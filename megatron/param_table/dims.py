@@ -12,7 +12,7 @@ from typing import Any
 from megatron.adapter_config import EMBEDDING, HEAD, LowRank, low_rank, prompt_length
 from megatron.expert_blocks import has_experts
 from megatron.param_table.mixer_dims import MixerDims
-from megatron.registry import ACTIVATIONS, MASKED_HEAD, POSITIONS, VANILLA, WITHOUT_MLP
+from megatron.registry import ACTIVATIONS, MASKED_HEAD, POSITIONS, RETRIEVAL_HEAD, VANILLA, WITHOUT_MLP
 
 
 @dataclass(frozen=True)
@@ -183,6 +183,10 @@ class ModelDims:
     """With masked_head: whether there are a pooler and logits of the order of segments."""
     classes: int = 0
     """Logits of a classifier, in place of those of the vocabulary; 0 for a language model."""
+    towers: int = 0
+    """Encoders of a retrieval model: 1 for queries and passages, or 2; 0 for another model."""
+    projection: int = 0
+    """Width of the embeddings of a retrieval model behind a linear layer; 0 without one."""
     encoder_layers: int = 0
     """First blocks, which are an encoder; the others are its decoder. 0 for a model of one stack."""
     low_rank: LowRank | None = None
@@ -198,6 +202,16 @@ class ModelDims:
             raise ValueError(f"{self.num_kv_heads} key/value heads do not divide {self.num_attention_heads} heads")
 
     @property
+    def tower_layers(self) -> int:
+        """Layers of one stack of blocks with its embedding and its output layer."""
+        return self.num_layers + 5
+
+    @property
+    def output_layers(self) -> tuple[int, ...]:
+        """Index of the output layer of each encoder of a retrieval model, or of the model."""
+        return tuple(self.tower_layers * tower - 1 for tower in range(1, max(self.towers, 1) + 1))
+
+    @property
     def position_rows(self) -> int:
         """Rows of the table of learned positions."""
         return self.max_position_embeddings + self.position_offset
@@ -209,7 +223,7 @@ class ModelDims:
         model: the model section. moe: the moe section; None for no experts. mixers: the mixers section, required for
         blocks without attention.
         """
-        heads = model.num_attention_heads
+        heads, retrieves = model.num_attention_heads, getattr(model, "lm_head", None) == RETRIEVAL_HEAD
         return cls(
             num_layers=model.num_layers,
             hidden_size=model.hidden_size,
@@ -226,7 +240,7 @@ class ModelDims:
             pos_emb=model.pos_emb,
             max_position_embeddings=model.max_position_embeddings,
             position_offset=getattr(model, "opt_pos_emb_offset", 0),
-            tied=not model.no_weight_tying and not getattr(model, "num_classes", None),
+            tied=not (model.no_weight_tying or retrieves or getattr(model, "num_classes", None)),
             qkv_bias=getattr(model, "add_qkv_bias", None),
             norm_placement=getattr(model, "norm_placement", "pre"),
             embedding_norm=getattr(model, "embedding_norm", False),
@@ -246,6 +260,8 @@ class ModelDims:
             masked_head=getattr(model, "lm_head", None) == MASKED_HEAD,
             binary_head=bool(getattr(model, "bert_binary_head", None)),
             classes=getattr(model, "num_classes", None) or 0,
+            towers=(1 if model.retrieval_shared_encoder else 2) if retrieves else 0,
+            projection=(model.retrieval_projection_size or 0) if retrieves else 0,
             encoder_layers=getattr(model, "encoder_num_layers", None) or 0,
             low_rank=low_rank(getattr(model, "lora", None)),
             prompt=prompt_length(getattr(model, "soft_prompt_tuning", None)),

@@ -2,7 +2,8 @@
 
 Order and names are those of the public GPT-NeoX checkpoint layout and must not change: layer 0 is the embedding, layers
 1 and L+2 have no parameters, block i is layer i+2, the final norm is layer L+3 and the output layer L+4 (a tied output
-layer has no tensor). Modules that predict further tokens are the layers from L+5 on. Linear weights are [out, in].
+layer has no tensor). Modules that predict further tokens are the layers from L+5 on, and so are the layers of a second
+encoder, in the same order as those of the first. Linear weights are [out, in].
 
 Tensor parallelism shards a tensor along ``shard_dim``. A tensor with ``sections`` is a stack of sections along that
 dimension, and each rank has its slice of every section, in order. So a rank of a grouped-query model has
@@ -12,10 +13,12 @@ heads as query heads the QKV rows are interleaved head by head, [q, k, v] for ea
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from megatron.param_table.adapters import prompt_tensor, with_trained
 from megatron.param_table.blocks import block_tensors, further_token
 from megatron.param_table.dims import ModelDims
-from megatron.param_table.parts import class_head, masked_head, norm, positions
+from megatron.param_table.parts import class_head, masked_head, norm, positions, replicated
 from megatron.param_table.tensor import TensorShape
 from megatron.registry import POSITIONS
 
@@ -36,9 +39,13 @@ def tensors(dims: ModelDims, padded_vocab_size: int) -> list[TensorShape]:
     table += [] if dims.norms_sums else norm(dims, dims.num_layers + 3, "norm")
     if dims.masked_head:
         table += masked_head(dims, padded_vocab_size)
+    if dims.projection:
+        table += replicated(dims.num_layers + 4, "projection", dims.projection, dims.hidden_size)
+    if dims.towers > 1:
+        table += [replace(shape, layer=shape.layer + dims.tower_layers) for shape in table]
     if dims.classes:
         table += class_head(dims)
-    elif not dims.tied:
+    elif not dims.tied and not dims.towers:
         shape = (padded_vocab_size, dims.hidden_size)
         table.append(TensorShape(dims.num_layers + 4, "final_linear.weight", shape, 0, "head"))
     for depth in range(dims.mtp_layers):

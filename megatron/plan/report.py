@@ -9,6 +9,7 @@ from megatron.block_sparsity import visible_share
 from megatron.config import Config, Resolution
 from megatron.config.derived.attention import layer_classes
 from megatron.config.derived.pipe_layout import pipe_layout
+from megatron.config.derived.retrieval import sequences_of_sample
 from megatron.config.derived.zero import REDUCTION_BUCKET
 from megatron.param_table import ModelDims, TensorShape, trainable_tensors
 from megatron.pipe_schedule.timing import in_flight
@@ -136,6 +137,7 @@ def memory_of(config: Config, table: list[TensorShape], padded_vocab_size: int, 
     dims = ModelDims.of(model, config.moe, config.mixers)
     layout = pipe_layout(config)
     of_two_stacks: dict[str, Any] = {}
+    has_logits = not (dims.classes or dims.towers)
     if dims.encoder_layers:
         of_two_stacks = {"of_block": two_stack_activations(config), "head_length": model.decoder_seq_length}
     stored, activations = state_layout(config), activation_layout(config)
@@ -163,7 +165,7 @@ def memory_of(config: Config, table: list[TensorShape], padded_vocab_size: int, 
                 activations,
                 blocks=_blocks(dims, bounds[stage], bounds[stage + 1]),
                 under_way=flying[stage],
-                padded_vocab_size=padded_vocab_size if stage == layout.stages - 1 and not dims.classes else None,
+                padded_vocab_size=padded_vocab_size if stage == layout.stages - 1 and has_logits else None,
                 pipelined=layout.stages > 1,
                 **of_two_stacks,
             )
@@ -190,7 +192,9 @@ def model_flops(config: Config, table: Sequence[TensorShape], *, seq_length: int
     if dims.encoder_layers and model.encoder_seq_length and model.decoder_seq_length:
         lengths = model.encoder_seq_length, model.decoder_seq_length
         return two_stack_flops(dims, table, lengths=lengths, train_batch_size=train_batch_size)
-    sizes = {"seq_length": seq_length, "train_batch_size": train_batch_size * (config.task.task_choices or 1)}
+    if dims.towers:  # each sequence is read by one of them
+        table = [tensor for tensor in table if tensor.layer < dims.tower_layers]
+    sizes = {"seq_length": seq_length, "train_batch_size": train_batch_size * sequences_of_sample(config)}
     predicted = config.data.mask_prob if dims.masked_head else 1.0
     shares = visible_shares(config, seq_length)
     return flops_per_iteration(dims, table, shares=shares, predicted=predicted, **sizes)
@@ -249,7 +253,7 @@ def activation_layout(config: Config) -> ActivationLayout:
     saved_fraction = 1 / axes.model_parallel_size if partitioned else 1.0
     return ActivationLayout(
         seq_length=model.seq_length,
-        micro_batch=config.training.train_micro_batch_size_per_gpu * (config.task.task_choices or 1),
+        micro_batch=config.training.train_micro_batch_size_per_gpu * sequences_of_sample(config),
         model_parallel_size=axes.model_parallel_size,
         width=WIDTHS[config.precision.precision or "fp32"],
         recompute=recompute.checkpoint_num_layers if recompute_blocks else 0,

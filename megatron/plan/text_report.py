@@ -6,12 +6,13 @@ from collections import Counter
 
 from megatron.adapter_config import low_rank, soft_prompt
 from megatron.config import Config
+from megatron.config.derived.retrieval import sequences_of_sample
 from megatron.param_table import ModelDims, base_widths
 from megatron.plan.advice import gib
 from megatron.plan.estimates import PlanFigures
 from megatron.plan.kernel_choices import device_of, kernel_lines
 from megatron.plan.schedule import schedule_lines
-from megatron.registry import ATTENTION_ALONE, BIDIRECTIONAL, MLP_ALONE, WITHOUT_ATTENTION
+from megatron.registry import ATTENTION_ALONE, BIDIRECTIONAL, MLP_ALONE, RETRIEVAL_HEAD, WITHOUT_ATTENTION
 
 WIDTH = 12
 
@@ -50,6 +51,8 @@ def _model(plan: PlanFigures) -> list[str]:
     blocks = f"{model.num_layers} blocks"
     if model.encoder_num_layers is not None:
         blocks = f"{model.encoder_num_layers} encoder and {model.decoder_num_layers} decoder blocks"
+    if model.lm_head == RETRIEVAL_HEAD and not model.retrieval_shared_encoder:
+        blocks = f"2 encoders of {blocks}"
     shape = f"{blocks} x {model.hidden_size}"
     direction = " bidirectional" if model.attention_mask == BIDIRECTIONAL else ""
     attention = f"{direction} attention" if set(kinds) - WITHOUT_ATTENTION else ""
@@ -97,7 +100,6 @@ def _trained(plan: PlanFigures) -> list[str]:
     updates, prompt = low_rank(model.lora), soft_prompt(model.soft_prompt_tuning)
     if updates is not None:
         text = f"updates of rank {updates.rank} to {', '.join(updates.targets)}, scale {updates.scale:g}"
-        text += ", and the norms of their rows" if updates.magnitudes else ""
         text += "".join(f", and the {name}" for name in updates.modules_to_save)
     elif prompt is not None:
         text = f"a prompt of {prompt.num_tokens} vectors, which leaves {model.text_length} tokens to a text"
@@ -143,7 +145,7 @@ def _batch(config: Config) -> list[str]:
         f"{training.train_batch_size} samples = micro batch {training.train_micro_batch_size_per_gpu} "
         f"x accumulation {training.gradient_accumulation_steps} x data {axes.data_parallel_size}"
     )
-    tokens = training.train_batch_size * model.seq_length * (config.task.task_choices or 1)
+    tokens = training.train_batch_size * model.seq_length * sequences_of_sample(config)
     parts = model.encoder_seq_length, model.decoder_seq_length
     length = f"{model.seq_length}" if None in parts else f"{parts[0]} + {parts[1]}"
     lines = [_line("batch", text), _line("", f"{tokens:,} tokens a step at sequence length {length}")]

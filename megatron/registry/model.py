@@ -222,8 +222,8 @@ VANILLA, OFF_BY_ONE, LEARNABLE = "vanilla", "off-by-one", "learnable"
 """Values of softmax_type: what the softmax of scores sums besides the keys."""
 CAUSAL, BIDIRECTIONAL = "causal", "bidirectional"
 """Values of attention_mask: tokens see earlier ones, or all of their document."""
-LINEAR_HEAD, MASKED_HEAD, CLASS_HEAD = "linear", "masked", "classification"
-"""Values of lm_head: the output matrix, or the heads of a masked language model."""
+LINEAR_HEAD, MASKED_HEAD, CLASS_HEAD, RETRIEVAL_HEAD = "linear", "masked", "classification", "retrieval"
+"""Values of lm_head: the output matrix, or the heads of a masked language model, a classifier, two encoders."""
 
 STANDALONE_BLOCK = frozenset({"standalone block"})
 """Trait of a kind of attention_config that is a block of its own, without attention and MLP."""

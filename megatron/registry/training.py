@@ -128,6 +128,16 @@ OBJECTIVES = Registry(
             "megatron.objectives.classification:Classification",
             "Cross entropy of the classes of texts, or of the answers of a question",
         ),
+        Entry(
+            "ict",
+            "megatron.objectives.retrieval:Retrieval",
+            "Which block of text a sentence is from, among those of the batch, arXiv:1906.00300",
+        ),
+        Entry(
+            "dpr",
+            "megatron.objectives.retrieval:Retrieval",
+            "Which passage answers a question, among those of the batch, arXiv:2004.04906",
+        ),
     ],
 )
 

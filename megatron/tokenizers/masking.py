@@ -52,7 +52,8 @@ def class_tokens(tokenizer: Tokenizer) -> ClassTokens:
     missing = [" or ".join(texts) for name, texts in spellings.items() if name not in ids]
     if missing:
         raise _lacking(
-            "train_impl: classification puts separators around texts, and the tokenizer lacks " + ", ".join(missing)
+            "train_impl: classification, ict and dpr put separators around texts, and the tokenizer lacks "
+            + ", ".join(missing)
         )
     return ClassTokens(**ids, doubled=SPELLINGS["cls"][0] not in tokenizer.special_tokens)
 

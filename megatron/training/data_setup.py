@@ -11,6 +11,7 @@ from megatron.config import Config
 from megatron.config.derived.batch_rampup import BatchRampup
 from megatron.config.derived.encoder_decoder import FRAME, SPANS, usual_spans
 from megatron.config.derived.lr_schedule import decay_horizon
+from megatron.config.derived.retrieval import ICT
 from megatron.config.schema.training import TrainingSection
 from megatron.config.validation.unknown_values import require
 from megatron.data.dataset.builder import Data, build_data, epoch_samples
@@ -18,6 +19,7 @@ from megatron.data.dataset.data_order import order_facts
 from megatron.data.dataset.masked_builder import MaskedData, MaskedSamples
 from megatron.data.dataset.span_builder import SpanData
 from megatron.data.dataset.summary import DataPlan
+from megatron.data.retrieval.block_builder import BlockData
 from megatron.data.tasks.builder import TaskData
 from megatron.distributed.mesh import Topology
 from megatron.distributed.process_group import all_gather_list, barrier
@@ -26,7 +28,7 @@ from megatron.ranks import Ranks
 from megatron.registry import MASKED_HEAD
 from megatron.tokenizer_info import TokenizerInfo, describe_tokenizer
 from megatron.tokenizers import Tokenizer
-from megatron.tokenizers.masking import masking_tokens, span_tokens
+from megatron.tokenizers.masking import class_tokens, masking_tokens, span_tokens
 from megatron.tokenizers.vocab_limit import full_tokenizer, known_ids
 from megatron.training.task_setup import build_task_data, with_epochs
 
@@ -127,6 +129,8 @@ def masked_data(config: Config, tokenizer: Tokenizer) -> MaskedSamples | None:
     data = config.data
     if config.training.train_impl == SPANS:
         return span_data(config, tokenizer)
+    if config.training.train_impl == ICT:
+        return block_data(config, tokenizer)
     if config.model.lm_head != MASKED_HEAD:
         return None
     return MaskedData(
@@ -136,6 +140,22 @@ def masked_data(config: Config, tokenizer: Tokenizer) -> MaskedSamples | None:
         mask_prob=data.mask_prob,
         max_ngram=data.mask_max_ngram,
         short_seq_prob=data.short_seq_prob,
+    )
+
+
+def block_data(config: Config, tokenizer: Tokenizer) -> BlockData:
+    """Returns how samples of sentences and blocks are made. Raises ConfigError for a vocabulary without separators.
+
+    config: configuration of the run. tokenizer: of the model.
+    """
+    section = config.retrieval
+    return BlockData(
+        class_tokens(tokenizer),
+        known_ids(tokenizer),
+        types=(config.model.num_token_types or 0) > 0,
+        query_in_block_prob=section.query_in_block_prob,
+        one_sentence=section.use_one_sent_docs,
+        titles_path=section.titles_data_path,
     )
 
 

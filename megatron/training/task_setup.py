@@ -1,4 +1,4 @@
-"""A classifier's run: its length in epochs, its data, and where its weights come from."""
+"""A run on the files of a task: its length in epochs, its data, and where its weights come from."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from megatron.checkpoint.load.loader import make_available
 from megatron.checkpoint.remote.host_copy import by_host, one_folder
 from megatron.config import Config
 from megatron.config.derived.lr_schedule import decay_horizon
+from megatron.config.derived.retrieval import DPR, passages_of_sample
 from megatron.config.derived.task import CLASSES
 from megatron.config.validation.unknown_values import require
 from megatron.data.dataset.builder import Data
+from megatron.data.retrieval.question_builder import QuestionData
 from megatron.data.tasks.builder import TaskData
 from megatron.data.tasks.samples import RowEncoder
 from megatron.distributed.mesh import Topology
@@ -21,15 +23,21 @@ from megatron.metrics.reporter import Reporter
 from megatron.objectives.classification import ClassScores
 from megatron.tokenizers import Tokenizer
 from megatron.tokenizers.masking import class_tokens
+from megatron.training.hooks.base import Hook
+from megatron.training.hooks.passage_ranks import PassageRanksHook
 from megatron.training.hooks.task_scores import TaskScoresHook
 
 
 def task_of(config: Config, tokenizer: Tokenizer) -> TaskData | None:
     """Returns the data of the task; None for a run that has none. Raises ConfigError for a vocabulary without [CLS]."""
-    if config.training.train_impl != CLASSES:
+    objective = config.training.train_impl
+    if objective not in (CLASSES, DPR):
         return None
     choices, length = config.task.task_choices or 1, require(config.model.seq_length)
-    return TaskData(config.task, RowEncoder(tokenizer, class_tokens(tokenizer), length, choices))
+    encoder = RowEncoder(tokenizer, class_tokens(tokenizer), length, choices)
+    if objective == DPR:
+        return QuestionData(config.task, encoder, config.retrieval, config.training.seed)
+    return TaskData(config.task, encoder)
 
 
 def with_epochs(config: Config, task: TaskData) -> Config:
@@ -60,23 +68,31 @@ def build_task_data(config: Config, topology: Topology, task: TaskData) -> Data:
         data_rank=topology.data.rank,
         data_size=topology.data.size,
         train_samples=require(training.train_iters) * batch,
-        types=(config.model.num_token_types or 0) > 1,
+        types=(config.model.num_token_types or 0) > (0 if isinstance(task, QuestionData) else 1),
         workers=config.data.num_workers,
     )
 
 
-def task_hook(
-    config: Config, topology: Topology, task: TaskData, scores: ClassScores, reporter: Reporter
-) -> TaskScoresHook:
-    """Returns what reports accuracies and writes predictions.
+def task_hook(config: Config, topology: Topology, task: TaskData, scores: ClassScores, reporter: Reporter) -> Hook:
+    """Returns what reports accuracies and writes predictions, or reports the ranks of right passages.
 
     Args:
         config: configuration of the run.
         topology: axes of this rank.
         task: rows of the task.
-        scores: gets the logits of this rank.
+        scores: gets the logits or embeddings of this rank.
         reporter: receives the accuracies.
     """
+    if isinstance(task, QuestionData):
+        return PassageRanksHook(
+            scores,
+            task.valid_passages,
+            topology,
+            require(config.training.train_micro_batch_size_per_gpu),
+            passages_of_sample(DPR, config.retrieval, valid=True),
+            reporter,
+            tops=config.retrieval.retrieval_report_topk_accuracies,
+        )
     return TaskScoresHook(
         scores,
         task.valid,

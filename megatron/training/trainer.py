@@ -26,6 +26,7 @@ from megatron.checkpoint.save.saver import Counters, Saver
 from megatron.config import Config
 from megatron.config.derived.batch_rampup import BatchRampup
 from megatron.config.derived.curriculum import curriculum_lengths
+from megatron.config.derived.retrieval import sequences_of_sample
 from megatron.config.validation.unknown_values import require
 from megatron.data.dataset.builder import Data
 from megatron.distributed.init import shutdown
@@ -241,7 +242,7 @@ def _train_schedule(config: Config, topology: Topology, vocabulary: int, reporte
         sizes=StepSizes(
             BatchRampup.of(batch, training.rampup_batch_size),
             samples_per_micro_batch=require(training.train_micro_batch_size_per_gpu) * topology.data.size,
-            rows=config.task.task_choices or 1,
+            rows=sequences_of_sample(config),
             lengths=curriculum_lengths(config.deepspeed.curriculum_learning, require(model.seq_length)),
             max_length=require(model.seq_length),
         ),

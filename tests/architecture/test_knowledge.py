@@ -19,6 +19,7 @@ KNOW_CONFIG = (
     "megatron/checkpoint/offline/reshard.py",
     "megatron/checkpoint/huggingface/",
     "megatron/engine/builder.py",
+    "megatron/engine/loss_setup.py",
     "megatron/engine/vocabulary.py",
     "megatron/training/trainer.py",
     "megatron/training/data_setup.py",

@@ -20,6 +20,8 @@ EXPERTS = {"moe_num_experts": 2}
 TOPK = {**EXPERTS, "moe_router_type": "topk"}
 RESUMED = {"load": "x"}
 INFINITE = {"lr_decay_style": "infinite_cosine", "infinite_constant_lr": 5e-4, "min_lr": 1e-5}
+ICT = {"train_impl": "ict", "data_path": "d", "no_weight_tying": False, "pos_emb": "learned"}
+DPR = {"train_impl": "dpr", "task_train_data": ["x.json"], "no_weight_tying": False, "pos_emb": "learned"}
 TASK = {"train_impl": "classification", "task_train_data": ["x.jsonl"], "task_labels": ["a", "b"]}
 TASK |= {"no_weight_tying": False, "pos_emb": "learned"}
 SAVED = {"save": "x", "extra_save_iters": [1]}
@@ -224,6 +226,17 @@ WHERE_IT_MATTERS: dict[str, tuple[Any, dict[str, Any] | None]] = {
     "valid_same_samples": (True, {}),
     "mmap_warmup": (True, {}),
     "eval_interval": (7, TASK),
+    "retrieval_score_scaling": (True, ICT),
+    "retrieval_report_topk_accuracies": ([2], ICT),
+    "retrieval_shared_encoder": (True, ICT),
+    "retrieval_projection_size": (8, ICT),
+    "titles_data_path": ("t", ICT),
+    "query_in_block_prob": (0.2, ICT),
+    "use_one_sent_docs": (True, ICT),
+    "retrieval_hard_negatives": (2, DPR),
+    "retrieval_other_negatives": (2, DPR),
+    "retrieval_valid_hard_negatives": (2, DPR),
+    "retrieval_valid_other_negatives": (2, DPR),
     "z_loss": (0.1, {"train_impl": "rm"}),
     "online_dataserver_ips": (["x"], {"dataset_impl": "online"}),
     "online_dataserver_ports": ([1], {"dataset_impl": "online"}),

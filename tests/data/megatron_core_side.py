@@ -3,6 +3,7 @@
 read: every document of FOLDER/ours -> FOLDER/read.npz. write: FOLDER/documents.npz -> FOLDER/theirs.bin and .idx.
 index: FOLDER/index_input.npz -> the compiled helper's sample index and blend in FOLDER/index_output.npz.
 masked: FOLDER/given.json and the data set FOLDER/masked -> rows and masked samples in FOLDER/masked_output.npz.
+blocks: FOLDER/given.json and the data sets FOLDER/text and FOLDER/title -> rows of blocks in FOLDER/blocks_output.npz.
 spans: FOLDER/given.json and the data set FOLDER/spans -> rows and samples of T5 in FOLDER/spans_output.npz.
 """
 
@@ -90,6 +91,19 @@ def masked(folder):
     np.savez(folder / "masked_output.npz", rows=samples.sample_index, **arrays)
 
 
+def blocks(folder):
+    given = json.loads((folder / "given.json").read_text())
+    text, title = (IndexedDataset(str(folder / name)) for name in ("text", "title"))
+    rows = [
+        helpers.build_blocks_mapping(
+            text.document_indices, text.sequence_lengths, title.sequence_lengths, 2**31 - 2, given["samples"],
+            given["length"] - 3, given["seed"], False, one,
+        )
+        for one in (False, True)
+    ]  # fmt: skip
+    np.savez(folder / "blocks_output.npz", two=rows[0], one=rows[1])
+
+
 def spans(folder):
     from collections import namedtuple
 
@@ -125,4 +139,5 @@ def spans(folder):
 
 
 if __name__ == "__main__":
-    {"read": read, "write": write, "index": index, "masked": masked, "spans": spans}[sys.argv[1]](Path(sys.argv[2]))
+    commands = {"read": read, "write": write, "index": index, "masked": masked, "blocks": blocks, "spans": spans}
+    commands[sys.argv[1]](Path(sys.argv[2]))

@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 
 from megatron.data.dataset.blend import blend_order
+from megatron.data.dataset.block_map import build_block_map
 from megatron.data.dataset.index_map import build_index_map, epochs_needed
 from megatron.data.indexed.reader import IndexedDataset, dtype_for_vocabulary
+from megatron.data.indexed.sentences import SentenceDataset
 from megatron.data.indexed.writer import DatasetWriter
 from tests.data import test_masked_samples as masked
 from tests.data import test_span_samples as spans
@@ -142,6 +144,24 @@ def test_masked_samples_are_theirs_number_by_number(run, tmp_path, order, length
         assert found.extras.sentence_order.tolist() == [theirs["is_random"][number]]
         by_chance = (found.tokens == masked.PAD) & ~found.extras.padding
         np.testing.assert_array_equal(~found.extras.padding & ~by_chance, theirs["padding_mask"][number] == 1)
+
+
+@pytest.mark.parametrize("length", [32, 96])
+def test_blocks_are_theirs_row_by_row(run, tmp_path, length):
+    """Rows of `build_blocks_mapping` (compared with 0.16.1)."""
+    (tmp_path / "given.json").write_text(json.dumps({"length": length, "seed": masked.SEED, "samples": 150}))
+    generator = np.random.default_rng(6)
+    made = masked.documents()
+    titles = [[generator.integers(5, masked.VOCABULARY, generator.integers(1, 12))] for _ in made]
+    data = SentenceDataset(masked.write(tmp_path / "text", made))
+    named = SentenceDataset(masked.write(tmp_path / "title", titles))
+    run("blocks")
+    theirs = np.load(tmp_path / "blocks_output.npz")
+    for least, name in ((2, "two"), (1, "one")):
+        targets = length - 3 - named.sizes
+        sizes = data.sentence_sizes
+        found = build_block_map(data.bounds, sizes, targets, least=least, seed=masked.SEED, samples=150)
+        np.testing.assert_array_equal(found.rows, theirs[name])
 
 
 @pytest.mark.parametrize(("source", "target"), [(64, 32), (128, 48)])

@@ -55,6 +55,8 @@ def model_section(**changes: object) -> Any:
         "bert_binary_head": False,
         "num_token_types": 0,
         "num_classes": None,
+        "retrieval_shared_encoder": False,
+        "retrieval_projection_size": None,
         "lora": None,
         "soft_prompt_tuning": None,
         "add_qkv_bias": None,

@@ -30,6 +30,7 @@ from megatron.config.derived.task import CLASSES
 from megatron.config.schema.model import ModelSection
 from megatron.errors import ConfigError, ConfigIssue
 from megatron.param_table import ModelDims
+from megatron.registry import RETRIEVAL_HEAD
 
 _ACTIVATIONS = {"gelu": "gelu"}
 """All activate the layer before the output matrix too, which is gelu here."""
@@ -94,6 +95,9 @@ def _misfits(kind: EncoderKind, model: ModelSection) -> list[ConfigIssue]:
         what = f"a {kind.label} model adds the vectors of token types"
         hint = "train it with num_token_types: 2"
         errors.append(ConfigIssue(what, key="num_token_types", value=0, hint=hint))
+    if model.lm_head == RETRIEVAL_HEAD:
+        what = f"a {kind.label} model has no embeddings of queries and passages"
+        errors.append(ConfigIssue(what, key="lm_head", value=model.lm_head))
     if model.bert_binary_head and not kind.orders:
         what = f"a {kind.label} model does not learn the order of segments"
         errors.append(ConfigIssue(what, key="bert_binary_head", value=True))
@@ -182,7 +186,9 @@ def _table(kind: EncoderKind, dims: ModelDims) -> list[TensorMapping]:
     rows = kind.names.table(dims)
     types = f"{kind.prefix}.embeddings.token_type_embeddings.weight"
     rows.append(same("0.tokentype_embeddings.weight", types))
-    if dims.classes:
+    if dims.towers:
+        modules = {}
+    elif dims.classes:
         modules = dict(kind.classifier if dims.classes > 1 else kind.choice)
     else:
         rows.append(same(f"{head}bias", kind.bias))

@@ -83,7 +83,7 @@ class Names:
         last = dims.num_layers + 3
         if self.final_norm is not None:
             rows += [same(f"{last}.norm.{ours}", f"{self.final_norm}.{theirs}") for ours, theirs in self.norm_values]
-        if not dims.tied and not dims.classes:
+        if not dims.tied and not dims.classes and not dims.towers:
             rows.append(same(f"{last + 1}.final_linear.weight", f"{self.head}.weight"))
         for depth in range(dims.mtp_layers):
             rows += self._further_token(dims, f"{last + 2 + depth}.", self.block.format(dims.num_layers + depth))

@@ -26,6 +26,7 @@ from megatron.checkpoint.load.merge_shards import read_shards
 from megatron.checkpoint.load.model_check import same_model, same_trained
 from megatron.checkpoint.load.mup_check import same_parametrisation
 from megatron.checkpoint.load.run_inputs_check import RunInputs, same_data_order, same_tokenizer
+from megatron.checkpoint.load.tower_weights import for_towers
 from megatron.checkpoint.load.vocabulary import StoredEmbedding
 from megatron.checkpoint.remote.host_copy import by_host, copy_to_missing_hosts, one_folder
 from megatron.checkpoint.remote.s3_sync import fetch_missing
@@ -36,7 +37,7 @@ from megatron.config.schema.checkpoint import CheckpointSection
 from megatron.distributed.mesh import Topology
 from megatron.errors import ConfigError, ConfigIssue, RunError
 from megatron.log import get_logger
-from megatron.param_table import DOWN, MAGNITUDE, PROMPT, ModelDims, TensorShape, is_adapter_tensor
+from megatron.param_table import DOWN, PROMPT, ModelDims, TensorShape, is_adapter_tensor
 from megatron.ranks import Ranks
 from megatron.registry import OPTIMIZERS
 from megatron.tokenizer_info import TokenizerInfo
@@ -70,8 +71,8 @@ class Checkpoint:
     """What is trained beside a frozen model may be missing, and starts anew."""
     new_head: bool = False
     """The head begins anew, and those of the stored model are left out."""
-    output_layer: int = 1 << 30
-    """Layer index of the output layer; behind it are modules that predict further tokens."""
+    heads: tuple[int, ...] = (1 << 30,)
+    """Layer index of the output layer of each encoder; behind the last are modules that predict further tokens."""
 
     def optimizer(self) -> OptimizerState | None:
         """The stored optimizer state. RunError if it is wanted and not there, ConfigError if it is of another kind."""
@@ -203,11 +204,11 @@ def find_checkpoint(
         return None
     from_start = section.finetune or weights_only
     gets_head = section.finetune and section.pretrained_checkpoint == section.load
-    root = Path(section.load)
+    root, dims = Path(section.load), ModelDims.of(config.model, config.moe, config.mixers)
     weights: StoredWeights
     if is_folder(root):
         directory = root
-        weights = Folder.open(root).weights(ModelDims.of(config.model, config.moe, config.mixers), new_head=gets_head)
+        weights = Folder.open(root).weights(dims, new_head=gets_head)
     else:
         sharing = one_folder() if config.data.use_shared_fs else by_host()
         found = find.find_intact(
@@ -240,12 +241,12 @@ def find_checkpoint(
         from_start=from_start,
         summed_biases=config.model.gpt_j_residual,
         table=tuple(table),
-        weights=weights,
+        weights=for_towers(weights, dims) if gets_head else weights,
         validated_in=config.precision.precision if section.checkpoint_validation_with_forward_pass else None,
         optimizer_type=config.optimizer.optimizer_type,
         may_add=section.finetune and not weights_only,
         new_head=gets_head,
-        output_layer=(config.model.num_layers or 0) + 4,
+        heads=dims.output_layers,
     )
 
 
@@ -305,9 +306,9 @@ def read_weights(checkpoint: Checkpoint, topology: Topology, requested: Sequence
 
 def _without_further_tokens(checkpoint: Checkpoint, found: set[str]) -> set[str]:
     """The stored tensors, without those of modules that predict further tokens where the model has none."""
-    if any(shape.layer > checkpoint.output_layer for shape in checkpoint.table):
+    if any(shape.layer > checkpoint.heads[-1] for shape in checkpoint.table):
         return found
-    remaining = {key for key in found if int(key.partition(".")[0]) <= checkpoint.output_layer}
+    remaining = {key for key in found if int(key.partition(".")[0]) <= checkpoint.heads[-1]}
     if len(remaining) < len(found):
         left, of = len(found) - len(remaining), "of modules that predict further tokens (mtp_num_layers)"
         if checkpoint.with_optimizer:
@@ -319,11 +320,12 @@ def _without_further_tokens(checkpoint: Checkpoint, found: set[str]) -> set[str]
 
 
 def _without_heads(checkpoint: Checkpoint, found: set[str]) -> set[str]:
-    """The stored tensors, without those of a pretrained model's heads, but for the pooler."""
+    """The stored tensors, without those of a pretrained model's heads, but for the pooler or projection."""
     if not checkpoint.new_head:
         return found
-    head = f"{checkpoint.output_layer}."
-    left = {key for key in found if key.startswith(head) and not key.startswith(f"{head}pooler.")}
+    expected = {shape.key for shape in checkpoint.table}
+    of_heads = {key for key in found if int(key.partition(".")[0]) in checkpoint.heads}
+    left = {key for key in of_heads if key.split(".")[1] not in ("pooler", "projection") or key not in expected}
     if left:
         _log.info("%s: %d tensors of its heads are left out", checkpoint.directory, len(left))
     return found - left
@@ -334,8 +336,8 @@ def _begins_anew(shape: TensorShape, checkpoint: Checkpoint) -> bool:
 
     These are adapters, the biases that balance experts, modules that predict further tokens, and a classifier's head.
     """
-    head = checkpoint.new_head and shape.layer == checkpoint.output_layer
-    return is_adapter_tensor(shape) or shape.kind == "buffer" or shape.layer > checkpoint.output_layer or head
+    head = checkpoint.new_head and shape.layer in checkpoint.heads
+    return is_adapter_tensor(shape) or shape.kind == "buffer" or shape.layer > checkpoint.heads[-1] or head
 
 
 def _strangers(unexpected: list[str], missing: list[str], added: set[str], location: str) -> list[ConfigIssue]:
@@ -343,7 +345,7 @@ def _strangers(unexpected: list[str], missing: list[str], added: set[str], locat
     hint = "give the configuration the shape of the checkpoint, or load another one"
     if not unexpected and added.issuperset(missing):
         hint = "set finetune: true to start them beside the checkpoint's model"
-    elif any(f".{name}." in key for key in unexpected for name in (DOWN, MAGNITUDE)):
+    elif any(f".{DOWN}." in key for key in unexpected):
         hint = "give the configuration the lora of the checkpoint, or merge it with tools/merge_lora.py"
     elif f"0.{PROMPT}" in unexpected:
         hint = "give the configuration the soft_prompt_tuning of the checkpoint"

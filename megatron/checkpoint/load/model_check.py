@@ -17,7 +17,7 @@ from megatron.config.config import FIELDS
 from megatron.errors import ConfigError, ConfigIssue
 from megatron.log import get_logger
 from megatron.param_table import NAMED_KINDS, TensorShape, is_adapter_tensor
-from megatron.registry import GATED_DELTA_NET, LEARNABLE, WITHOUT_ATTENTION
+from megatron.registry import GATED_DELTA_NET, LEARNABLE, RETRIEVAL_HEAD, WITHOUT_ATTENTION
 
 _log = get_logger(__name__)
 
@@ -63,6 +63,7 @@ _MODEL: dict[str, Concerned] = {
     "bert_binary_head": _always,
     "num_token_types": _always,
     "encoder_num_layers": _always,
+    "retrieval_shared_encoder": lambda values: values["lm_head"] == RETRIEVAL_HEAD,
     "norm_placement": _always,
     "embedding_norm": _always,
     "softmax_scale": _attends,
@@ -107,7 +108,7 @@ _ADJUSTED: dict[str, Concerned] = {
     "scalenorm_epsilon": lambda values: values["norm"] == "scalenorm",
 }
 """Keys that are changed on purpose at times, as for longer texts: a warning, no error."""
-_HEADS = frozenset({"lm_head", "bert_binary_head", "task_labels"})
+_HEADS = frozenset({"lm_head", "bert_binary_head", "task_labels", "retrieval_shared_encoder"})
 """Keys of heads, which a classifier replaces."""
 _LATER = frozenset(
     {

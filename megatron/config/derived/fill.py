@@ -31,6 +31,7 @@ from megatron.config.derived.precision import (
     derive_precision,
     fp16_block,
 )
+from megatron.config.derived.retrieval import DPR, ICT, require_dpr_format
 from megatron.config.derived.task import CLASSES, TASK_KEYS, derive_task
 from megatron.config.derived.zero import derive_zero
 from megatron.config.validation.unknown_values import UnresolvedValue
@@ -173,6 +174,13 @@ def _task(draft: ConfigDraft) -> None:
     given = {name: draft[name] for name in TASK_KEYS}
     for name, value in derive_task(given, draft["num_classes"], files).items():
         draft.derive(name, value)
+
+
+def _retrieval(draft: ConfigDraft) -> None:
+    if draft["train_impl"] == DPR:
+        draft.derive("task_format", require_dpr_format(draft["task_format"]))
+    elif draft["train_impl"] == ICT:
+        draft.derive("pack_impl", "unpacked")
 
 
 def _adapters(draft: ConfigDraft) -> None:
@@ -343,6 +351,7 @@ DERIVATIONS: tuple[tuple[Callable[[ConfigDraft], None], frozenset[str]], ...] = 
     (_attention, _fills("attention_config", TYPES)),
     (_encoder, _fills(*ENCODER_KEYS)),
     (_task, _fills(*TASK_KEYS, "num_classes")),
+    (_retrieval, _fills("task_format", "pack_impl")),
     (_adapters, _fills()),
     (_precision, _fills("precision", "fp16", "bf16", "data_types")),
     (_loss_scale, _fills("dynamic_loss_scale")),

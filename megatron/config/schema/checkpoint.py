@@ -22,8 +22,8 @@ class CheckpointSection(Section):
     )
     pretrained_checkpoint: str | None = key(
         None,
-        "Save folder of a trained encoder, whose weights without its heads a classifier starts from where `load` has "
-        "nothing to resume.",
+        "Save folder of a trained encoder, whose weights without its heads a classifier, or the encoders of queries "
+        "and passages, start from where `load` has nothing to resume.",
     )
     iteration: int | None = key(None, "Checkpoint to load; the latest when left out.", unit="steps")
     finetune: bool = key(False, "Load the weights only and count iterations from 0.")

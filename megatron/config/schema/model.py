@@ -22,6 +22,7 @@ from megatron.registry import (
     NORMS,
     OFF_BY_ONE,
     POSITIONS,
+    RETRIEVAL_HEAD,
     VANILLA,
 )
 
@@ -192,8 +193,7 @@ class ModelSection(Section):
         "Train only LoRA adapters W + alpha / rank B A of frozen matrices: {rank: 8, alpha: rank unless given, "
         "dropout: 0, targets: [query_key_value, dense, dense_h_to_4h, dense_4h_to_h] or all, the first unless given, "
         "modules_to_save: [embedding, head], matrices that are trained beside the adapters, none unless given, "
-        "rslora: true for alpha / sqrt(rank), dora: true to train the norm of each row of W + alpha / rank B A too, "
-        "arXiv:2402.09353}, arXiv:2106.09685.",
+        "rslora: true for alpha / sqrt(rank)}, arXiv:2106.09685.",
     )
     num_token_types: int | None = key(
         None,
@@ -203,14 +203,24 @@ class ModelSection(Section):
     lm_head: str | None = key(
         None,
         "Layers before the output matrix: linear, none; masked, a dense layer, gelu and a norm, and a bias behind it, "
-        "as in BERT; classification, a pooler and num_classes logits. Follows from train_impl.",
-        choices=(LINEAR_HEAD, MASKED_HEAD, CLASS_HEAD),
+        "as in BERT; classification, a pooler and num_classes logits; retrieval, an embedding of the text and no "
+        "logits. Follows from train_impl.",
+        choices=(LINEAR_HEAD, MASKED_HEAD, CLASS_HEAD, RETRIEVAL_HEAD),
     )
     num_classes: int | None = key(
         None,
         "Logits of a classifier: one a label, or 1 for each answer of a multiple-choice task. Follows from task_labels "
         "and task_choices.",
         unit="classes",
+    )
+    retrieval_shared_encoder: bool = key(
+        False, "Queries and passages have one encoder (train_impl ict or dpr), instead of one each."
+    )
+    retrieval_projection_size: int | None = key(
+        None,
+        "Width of an embedding, by a linear layer behind each encoder; the hidden size without that layer when left "
+        "out.",
+        unit="features",
     )
     bert_binary_head: bool | None = key(
         None,

@@ -3,7 +3,7 @@
 from megatron.config.field import Section, key
 from megatron.config.types import Strings, Table
 
-TASK_FORMATS = ("jsonl", "tsv", "race", "mnli", "qqp")
+TASK_FORMATS = ("jsonl", "tsv", "race", "mnli", "qqp", "dpr")
 
 
 class TaskSection(Section):
@@ -12,7 +12,7 @@ class TaskSection(Section):
     task_format: str | None = key(
         None,
         "Form of the files: jsonl and tsv have the fields of task_fields; race, mnli and qqp are those of the public "
-        "tasks. Follows from the ending of the first file.",
+        "tasks, dpr that of train_impl: dpr. Follows from the ending of the first file.",
         choices=TASK_FORMATS,
     )
     task_train_data: Strings | None = key(None, "Files to train on, or folders of them.")

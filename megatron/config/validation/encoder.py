@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron.config.config import Config
-from megatron.config.derived.encoder import CONVERSION, MASKED
+from megatron.config.derived.encoder import CONVERSION, ENCODERS, MASKED
 from megatron.config.derived.fill import trains
-from megatron.config.derived.task import CLASSES
 from megatron.errors import ConfigIssue
-from megatron.registry import BIDIRECTIONAL, CLASS_HEAD, LINEAR_HEAD, MASKED_HEAD, POSITIONS
+from megatron.registry import BIDIRECTIONAL, LINEAR_HEAD, POSITIONS
 
 SHORTEST = 8
 """Tokens of the shortest sequence with two segments, their separators and something to mask."""
@@ -21,7 +20,7 @@ def masks_belong_to_objectives(config: Config) -> Iterator[ConfigIssue]:
     """A causal objective would show a bidirectional model its labels, and masked tokens need both sides."""
     model, objective = config.model, config.training.train_impl
     masked, encodes = objective == MASKED, model.attention_mask == BIDIRECTIONAL
-    if encodes != (objective in (MASKED, CLASSES)):
+    if encodes != (objective in ENCODERS):
         yield ConfigIssue(
             "a bidirectional model sees the tokens that train_impl: normal asks it for"
             if encodes
@@ -30,9 +29,9 @@ def masks_belong_to_objectives(config: Config) -> Iterator[ConfigIssue]:
             value=model.attention_mask,
             hint="leave it out: it follows from train_impl",
         )
-    heads = {MASKED: MASKED_HEAD, CLASSES: CLASS_HEAD}
-    if model.lm_head != heads.get(objective, LINEAR_HEAD):
-        what = f"train_impl: {objective} has the head {heads.get(objective, LINEAR_HEAD)}"
+    head = ENCODERS.get(objective, LINEAR_HEAD)
+    if model.lm_head != head:
+        what = f"train_impl: {objective} has the head {head}"
         yield ConfigIssue(what, key="lm_head", value=model.lm_head, hint="leave it out: it follows from train_impl")
     if model.bert_binary_head and not masked:
         what = f"the order of segments is learned with train_impl: {MASKED}"

@@ -1,4 +1,4 @@
-"""Rules for fine-tuning on a classification task."""
+"""Rules for fine-tuning on the files of a task: classes, or questions and passages."""
 
 from __future__ import annotations
 
@@ -6,10 +6,15 @@ from collections.abc import Iterator
 
 from megatron.config.config import Config
 from megatron.config.derived.fill import trains
+from megatron.config.derived.retrieval import DPR, RETRIEVAL
 from megatron.config.derived.task import CLASSES
 from megatron.config.validation.dependent_model_keys import DependentKeys
 from megatron.errors import ConfigIssue
 
+TASKS = (CLASSES, DPR)
+"""Objectives that read the files of a task."""
+_NEW_HEADS = (CLASSES, *RETRIEVAL)
+"""Objectives with a head that the encoder which they begin with has not."""
 _DATA = ("data_path", "train_data_paths", "valid_data_paths", "test_data_paths")
 SHORTEST = 8
 """Tokens of the shortest sample with two texts and their separators."""
@@ -17,13 +22,14 @@ _MEANINGS = ("text", "text_pair", "label", "choices", "id")
 
 
 def tasks_have_files(config: Config) -> Iterator[ConfigIssue]:
-    """A classifier is trained on the files of its task, whose classes are known and differ."""
+    """A task is trained on its files, and the classes of a classifier are known and differ."""
     task, training = config.task, config.training
-    if training.train_impl != CLASSES:
+    if training.train_impl not in TASKS:
         return
     if trains(config.launch.user_script) and not task.task_train_data:
         hint = "name the files of the task, in one of the forms of task_format"
-        yield ConfigIssue(f"train_impl: {CLASSES} trains on a task", key="task_train_data", value=None, hint=hint)
+        what = f"train_impl: {training.train_impl} trains on a task"
+        yield ConfigIssue(what, key="task_train_data", value=None, hint=hint)
     for key in _DATA:
         if getattr(config.data, key) is not None:
             hint = "leave it out: task_train_data names the files"
@@ -67,16 +73,16 @@ def task_fields_are_known(config: Config) -> Iterator[ConfigIssue]:
 
 def classifiers_have_their_parts(config: Config) -> Iterator[ConfigIssue]:
     """What a classifier cannot be trained with."""
-    if config.training.train_impl != CLASSES:
-        if config.model.num_classes is not None:
-            what = f"only train_impl: {CLASSES} has classes"
-            yield ConfigIssue(what, key="num_classes", value=config.model.num_classes, hint="leave it out")
+    if config.training.train_impl != CLASSES and config.model.num_classes is not None:
+        what = f"only train_impl: {CLASSES} has classes"
+        yield ConfigIssue(what, key="num_classes", value=config.model.num_classes, hint="leave it out")
+    if config.training.train_impl not in _NEW_HEADS:
         if config.checkpoint.pretrained_checkpoint is not None:
-            what, hint = f"only train_impl: {CLASSES} gets another head", "use load with finetune: true"
+            what, hint = f"only train_impl: {', '.join(_NEW_HEADS)} get another head", "use load with finetune: true"
             value = config.checkpoint.pretrained_checkpoint
             yield ConfigIssue(what, key="pretrained_checkpoint", value=value, hint=hint)
         return
-    if config.training.rampup_batch_size is not None:
+    if config.training.rampup_batch_size is not None and config.training.train_impl in TASKS:
         sizes = list(config.training.rampup_batch_size)
         message = "epochs of a task are counted in steps of one size"
         yield ConfigIssue(message, key="rampup_batch_size", value=sizes, hint="leave it out")
@@ -84,15 +90,20 @@ def classifiers_have_their_parts(config: Config) -> Iterator[ConfigIssue]:
         key = "checkpoint_validation_with_forward_pass"
         yield ConfigIssue("it compares the logits of a language model", key=key, value=True, hint="leave it out")
     if config.training.char_level_ppl:
-        yield ConfigIssue("classes have no characters", key="char_level_ppl", value=True, hint="leave it out")
+        yield ConfigIssue("its loss is of no characters", key="char_level_ppl", value=True, hint="leave it out")
+
+
+def _reads_a_task(config: Config) -> bool:
+    return config.training.train_impl in TASKS
 
 
 OF_TASKS: tuple[DependentKeys, ...] = (
     DependentKeys(
-        (*("task_format", "task_train_data", "task_valid_data", "task_fields", "task_labels"), "task_choices"),
+        ("task_fields", "task_labels", "task_choices"),
         lambda config: config.training.train_impl == CLASSES,
         f"train_impl is not {CLASSES}",
     ),
+    DependentKeys(("task_format", "task_train_data", "task_valid_data"), _reads_a_task, "train_impl reads no task"),
     DependentKeys(
         ("task_predictions",),
         lambda config: config.training.train_impl == CLASSES and bool(config.task.task_valid_data),
@@ -100,12 +111,12 @@ OF_TASKS: tuple[DependentKeys, ...] = (
     ),
     DependentKeys(
         ("pack_impl", "eod_mask_loss", "valid_same_samples", "mmap_warmup"),
-        lambda config: config.training.train_impl != CLASSES,
+        lambda config: not _reads_a_task(config),
         "a task is not read from token files",
     ),
     DependentKeys(
         ("eval_interval",),
-        lambda config: config.training.train_impl != CLASSES or config.training.train_epochs is None,
+        lambda config: not _reads_a_task(config) or config.training.train_epochs is None,
         "each epoch of a task ends with an evaluation",
     ),
 )

@@ -74,6 +74,52 @@ def sentence_rows(
     return int(count), int(used)
 
 
+def block_rows(
+    firsts: np.ndarray, ends: np.ndarray, sizes: np.ndarray, targets: np.ndarray, least: int, rows: np.ndarray
+) -> int:
+    """Fills the rows of blocks of sentences; returns how many there are.
+
+    Args:
+        firsts: First sentence of each document.
+        ends: Sentence after the last one of each document.
+        sizes: Length of each sentence [tokens].
+        targets: Length of a block of each document [tokens].
+        least: Sentences that a block needs.
+        rows: The array to fill, [sentences, 4]; see block_map.py.
+    """
+    from numba import njit
+
+    return int(njit(fill_blocks, cache=True, nogil=True)(firsts, ends, sizes, targets, least, rows))
+
+
+def fill_blocks(firsts: Any, ends: Any, sizes: Any, targets: Any, least: int, rows: np.ndarray) -> int:
+    """The loop of `block_rows`, on arrays or lists.
+
+    Args:
+        firsts: As there.
+        ends: As there.
+        sizes: As there.
+        targets: As there.
+        least: As there.
+        rows: As there.
+    """
+    count = 0
+    for document in range(len(firsts)):
+        start, end, length = firsts[document], ends[document], 0
+        for sentence in range(start, end):
+            length += sizes[sentence]
+            left = end - sentence - 1
+            enough = left >= least and sentence + 1 - start >= least
+            if left == 0 or (length >= targets[document] and enough):
+                rows[count, 0] = start
+                rows[count, 1] = sentence + 1
+                rows[count, 2] = document
+                rows[count, 3] = count
+                count += 1
+                start, length = sentence + 1, 0
+    return count
+
+
 def swap_rows(order: np.ndarray, partners: np.ndarray) -> None:
     """Swaps each entry of the order, from the last one on, with its partner; see sentence_map.py."""
     from numba import njit

@@ -14,6 +14,7 @@ import torch
 
 from megatron.config.schema.task import TaskSection
 from megatron.data.dataset.builder import Data
+from megatron.data.dataset.loader import BatchLoader
 from megatron.data.dataset.sampler import BatchSampler
 from megatron.data.dataset.summary import DataPlan
 from megatron.data.tasks.rows import UNLABELED, Row, RowForm, task_files
@@ -31,7 +32,7 @@ class TaskData:
     """How rows become token ids."""
 
     @cached_property
-    def train(self) -> Mapping[str, list[Row]]:
+    def train(self) -> Mapping[str, list[Any]]:
         """Name -> rows of each training file or folder. Raises RunError for a row without a label."""
         found = self._read(self.section.task_train_data or (), "task_train_data")
         for name, rows in found.items():
@@ -42,7 +43,7 @@ class TaskData:
         return found
 
     @cached_property
-    def valid(self) -> Mapping[str, list[Row]]:
+    def valid(self) -> Mapping[str, list[Any]]:
         """Name -> rows of each validation file or folder."""
         return self._read(self.section.task_valid_data or (), "task_valid_data")
 
@@ -54,7 +55,7 @@ class TaskData:
         )
         files = [task_files([name], section.task_format, key) for name in names]
         rows = [[row for path in own for row in form.read(path)] for own in files]
-        return dict(zip(_names(names), rows, strict=True))
+        return dict(zip(names_of_files(names), rows, strict=True))
 
     def samples_per_epoch(self, batch: int) -> int:
         """Returns how many rows of the training files an epoch reads, a multiple of the batch.
@@ -69,7 +70,7 @@ class TaskData:
 
     def order_facts(self, seed: int) -> dict[str, Any]:
         """Returns what decides which sample is number k, by the key that decides it. seed: of the orders."""
-        sets = [[len(rows), _digest(rows)] for rows in self.train.values()]
+        sets = [[len(rows), self.digest(rows)] for rows in self.train.values()]
         return {"seed": seed, "seq_length": self.encoding.seq_length, "task_train_data": sets}
 
     def build(
@@ -97,8 +98,8 @@ class TaskData:
             workers: Background threads of a loader.
         """
         started = time.monotonic()
-        rows = [row for each in self.train.values() for row in each]
-        held = [row for each in self.valid.values() for row in each]
+        rows: list[Any] = [row for each in self.train.values() for row in each]
+        held: list[Any] = [row for each in self.valid.values() for row in each]
         train = TaskSamples(
             rows, self.encoding, samples=train_samples, per_epoch=self.samples_per_epoch(batch), seed=seed
         )
@@ -106,12 +107,12 @@ class TaskData:
         step = micro_batch * data_size
         common: dict[str, Any] = {"types": types, "workers": workers, "pin_memory": torch.cuda.is_available()}
 
-        def loader(samples: TaskSamples, total: int, *, again: bool) -> TaskLoader:
+        def loader(samples: TaskSamples, total: int, *, again: bool) -> BatchLoader:
             sampler = BatchSampler(total, micro_batch, data_rank, data_size)
-            return TaskLoader(samples, sampler, self.encoding, again=again, **common)
+            return self.loader(samples, sampler, again=again, **common)
 
         plan = DataPlan(
-            None, None, None, time.monotonic() - started, notes=tuple(self._lines()), order=self.order_facts(seed)
+            None, None, None, time.monotonic() - started, notes=tuple(self.lines()), order=self.order_facts(seed)
         )
         total = -(-len(held) // step) * step
         return Data(
@@ -121,7 +122,19 @@ class TaskData:
             plan,
         )
 
-    def _lines(self) -> list[str]:
+    def loader(self, samples: TaskSamples, sampler: BatchSampler, **settings: Any) -> BatchLoader:
+        """Returns the loader of a rank. settings: those of a TaskLoader."""
+        return TaskLoader(samples, sampler, self.encoding, **settings)
+
+    def digest(self, rows: Sequence[Any]) -> str:
+        """Returns a fingerprint of rows."""
+        found = hashlib.sha256()
+        for row in rows:
+            found.update(repr((row.texts, row.label)).encode())
+        return found.hexdigest()[:16]
+
+    def lines(self) -> list[str]:
+        """Returns what the run reads, a line a file."""
         sets = {"train": self.train, "valid": self.valid}
         alone = ", none of which has a label: they are predicted alone"
         lines = []
@@ -132,16 +145,9 @@ class TaskData:
         return lines
 
 
-def _names(given: Sequence[str]) -> list[str]:
+def names_of_files(given: Sequence[str]) -> list[str]:
     """Returns a name for each file or folder: its stem, with its folder where two are alike, and then a number."""
     paths = [Path(name) for name in given]
     stems = [path.stem for path in paths]
     longer = [path.stem if stems.count(path.stem) == 1 else f"{path.parent.name}-{path.stem}" for path in paths]
     return [name if longer.count(name) == 1 else f"{name}-{number}" for number, name in enumerate(longer)]
-
-
-def _digest(rows: Sequence[Row]) -> str:
-    found = hashlib.sha256()
-    for row in rows:
-        found.update(repr((row.texts, row.label)).encode())
-    return found.hexdigest()[:16]

@@ -226,7 +226,8 @@ def task_files(names: Sequence[str], form: str, key: str) -> list[Path]:
         form: Value of task_format.
         key: What named them.
     """
-    endings = {"race": (".txt", ".json", ".jsonl"), "jsonl": (".jsonl", ".json")}.get(form, (".tsv", ".txt"))
+    json_lines = (".jsonl", ".json")
+    endings = {"race": (".txt", *json_lines), "jsonl": json_lines, "dpr": json_lines}.get(form, (".tsv", ".txt"))
     files: list[Path] = []
     for name in names:
         path = Path(name)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -76,7 +77,7 @@ class TaskSamples:
 
     def __init__(
         self,
-        rows: Sequence[Row],
+        rows: Sequence[Any],
         encoding: RowEncoder,
         *,
         samples: int | None = None,
@@ -100,7 +101,7 @@ class TaskSamples:
     def __len__(self) -> int:
         return len(self._rows) if self._samples is None else self._samples
 
-    def row(self, number: int) -> Row | None:
+    def row(self, number: int) -> Any:
         """Returns the row of a sample; None behind the last one of rows that are read once."""
         if self._samples is None:
             return self._rows[number] if number < len(self._rows) else None

@@ -1,0 +1,36 @@
+"""Encoders of queries and passages: their samples and scores (train_impl: ict or dpr)."""
+
+from megatron.config.field import Section, key
+from megatron.config.types import Integers
+
+
+class RetrievalSection(Section):
+    """Samples of the inverse cloze task and of questions with passages, and how embeddings are compared."""
+
+    retrieval_score_scaling: bool = key(
+        False, "Divide the products of embeddings by the square root of the hidden size, before the softmax."
+    )
+    retrieval_report_topk_accuracies: Integers = key(
+        (1,),
+        "For each number k: report how often the right passage is among the first k of its batch.",
+        unit="passages",
+    )
+    titles_data_path: str | None = key(
+        None, "Token files with the titles of data_path's documents, in the same order; a block begins with its title."
+    )
+    query_in_block_prob: float = key(
+        0.1, "Probability that the block of a query still has the query's sentence.", unit="fraction"
+    )
+    use_one_sent_docs: bool = key(False, "Documents and ends of documents of one sentence are blocks too.")
+    retrieval_hard_negatives: int = key(
+        1, "Passages of a question's hard_negative_ctxs in a training sample.", unit="passages"
+    )
+    retrieval_other_negatives: int = key(
+        0, "Passages of a question's negative_ctxs in a training sample.", unit="passages"
+    )
+    retrieval_valid_hard_negatives: int = key(
+        30, "Most passages of a question's hard_negative_ctxs that an evaluation ranks.", unit="passages"
+    )
+    retrieval_valid_other_negatives: int = key(
+        30, "Most passages of a question's negative_ctxs that an evaluation ranks.", unit="passages"
+    )

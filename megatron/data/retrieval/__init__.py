@@ -1,0 +1,1 @@
+"""Queries and passages: samples of the inverse cloze task, and of questions with their passages."""
