@@ -96,9 +96,12 @@ def live_evaluation(
     model = _harness_model(config, stoppable, tokenizer, topology, chat, replicas=replicas, cached=full_sequence)
 
     def run() -> dict[str, float] | None:
+        from megatron.evaluation.error_bars import one_process
+
         stoppable.stopped = False
         try:
-            results, why = _run_tasks(config, tasks, model, topology), "a stop was asked for"
+            with one_process():
+                results, why = _run_tasks(config, tasks, model, topology), "a stop was asked for"
         except RunError as error:
             results, why = None, str(error)
         if not any_rank(results is None or stoppable.stopped):

@@ -1,7 +1,7 @@
 """lm-eval's tasks, its runner and its table, as a class and a function.
 
-Only this file, harness_arguments.py and lm_eval_model.py import lm_eval (0.4.13: lm_eval/tasks/manager.py,
-lm_eval/evaluator.py).
+Only this file, error_bars.py, harness_arguments.py and lm_eval_model.py import lm_eval (0.4.13:
+lm_eval/tasks/manager.py, lm_eval/evaluator.py).
 """
 
 from __future__ import annotations
@@ -9,17 +9,15 @@ from __future__ import annotations
 import difflib
 import importlib.machinery
 import logging
-import math
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 from lm_eval import evaluate as run_harness
-from lm_eval.api import metrics
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._index import Entry
@@ -27,12 +25,12 @@ from lm_eval.utils import make_table
 
 from megatron.errors import ConfigError, RunError
 from megatron.evaluation.arguments import read_arguments
+from megatron.evaluation.error_bars import infinite_perplexities
 from megatron.evaluation.harness_arguments import check_arguments
 from megatron.evaluation.request_cache import name_requests_by_content
 from megatron.evaluation.seeds import FEWSHOT_SEED, fixed_seeds
 from megatron.inference.sampling import Sampling
 from megatron.log import get_logger
-from megatron.metrics.reporter import perplexity
 
 
 class Tasks:
@@ -91,7 +89,7 @@ class Tasks:
         arguments = self.check(documents, arguments)
         for task in self._loaded["tasks"].values():
             task.set_fewshot_seed(seed=FEWSHOT_SEED)  # else each run goes on where the last one's draws ended
-        with _own_evaluate_out_of_the_way(), _quiet(), fixed_seeds(), _infinite_perplexities():
+        with _own_evaluate_out_of_the_way(), _quiet(), fixed_seeds(), infinite_perplexities():
             try:
                 results = run_harness(lm=model, task_dict=self._loaded, limit=documents, **arguments)
             except Exception as error:
@@ -295,21 +293,6 @@ def _own_evaluate_out_of_the_way() -> Iterator[None]:
         yield
     finally:
         sys.meta_path.remove(finder)
-
-
-@contextmanager
-def _infinite_perplexities() -> Iterator[None]:
-    """Perplexities of lm-eval's metrics that no number holds are infinite; its own end the evaluation.
-
-    Only what its module calls `math.exp` is another: error bars are known by the identity of the metrics.
-    """
-    module: Any = metrics
-    before = module.math
-    module.math = SimpleNamespace(**{**vars(math), "exp": perplexity})
-    try:
-        yield
-    finally:
-        module.math = before
 
 
 @contextmanager

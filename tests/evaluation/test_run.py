@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import os
 import time
 from types import SimpleNamespace
 
@@ -84,6 +85,7 @@ def test_samples_are_written_where_they_are_asked_for(tmp_path, asked):
 
 def test_a_training_goes_on_where_its_model_cannot_be_scored(monkeypatch, caplog):
     def fails(*_):
+        assert os.environ["DISABLE_MULTIPROC"] == "1"  # no pool of forks that handle signals as this rank does
         raise NotNumbers.of("3 of 3 answers have no score")
 
     monkeypatch.setattr(runner, "_load_tasks", lambda config: (None, None))
