@@ -1,7 +1,8 @@
 """Settings of LoRA and soft prompts, read from the configuration without torch.
 
 `lora`: each targeted matrix W becomes W + (alpha / rank) B A, where A [rank, in] and B [out, rank] are trained and B
-starts at zero (arXiv:2106.09685, section 4.1); with `rslora` the factor is alpha / sqrt(rank). The matrices that
+starts at zero (arXiv:2106.09685, section 4.1); with `rslora` the factor is alpha / sqrt(rank), and with `dora` each row
+is scaled to a trained norm. The matrices that
 `modules_to_save` names, as peft calls it, are trained beside them as they are. `soft_prompt_tuning`: only vectors in
 front of the tokens are trained (arXiv:2104.08691, section 2).
 """
@@ -48,6 +49,8 @@ class LowRank:
     """Names of SAVED that are trained beside the adapters, in that order."""
     rank_stabilized: bool = False
     """True if the scale falls with the root of the rank (arXiv:2312.03732)."""
+    magnitudes: bool = False
+    """True if the norm of each row of W + scale B A is trained too (DoRA, arXiv:2402.09353)."""
 
     @property
     def scale(self) -> float:
@@ -62,6 +65,7 @@ class LowRank:
         """Returns the configuration's block with all defaults."""
         numbers: dict[str, Any] = {"rank": self.rank, "alpha": self.alpha, "dropout": self.dropout}
         numbers |= {"rslora": True} if self.rank_stabilized else {}  # absent in earlier checkpoints
+        numbers |= {"dora": True} if self.magnitudes else {}
         return {**numbers, "targets": list(self.targets), "modules_to_save": list(self.modules_to_save)}
 
     def trained(self, *, tied: bool) -> frozenset[str]:
@@ -97,6 +101,7 @@ def low_rank(block: Block | None) -> LowRank | None:
         tuple(name for name in TARGETS if name in named),
         tuple(name for name in SAVED if name in trained),
         block.get("rslora") is True,
+        block.get("dora") is True,
     )
 
 

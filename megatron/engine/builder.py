@@ -41,8 +41,8 @@ from megatron.engine.deepspeed_setup import (
 from megatron.engine.expert_bias import correction_biases
 from megatron.engine.expert_gather import local_experts
 from megatron.engine.fp8 import use_fp8
-from megatron.engine.freeze import allow_empty_grad_norm, freeze, optimizer_parameters, start_prompt
-from megatron.engine.inference_engine import InferenceEngine, build_stage, pack
+from megatron.engine.freeze import allow_empty_grad_norm, freeze, optimizer_parameters, start_magnitudes, start_prompt
+from megatron.engine.inference_engine import InferenceEngine, build_stage, hold_magnitudes, pack
 from megatron.engine.loss_setup import further_losses, loss_function, loss_parts, router_losses
 from megatron.engine.muon_step import MuonStep
 from megatron.engine.outlier_steps import outlier_steps
@@ -147,6 +147,7 @@ def build_training_engine(
     loaded = load_weights(stored, checkpoint, topology) if checkpoint is not None else set()
     if prompt_tokens and f"0.{PROMPT}" not in loaded:
         start_prompt(parameters, prompt_tokens, topology.model)
+    start_magnitudes(model, {id(parameters[key]) for key in loaded if key in parameters})
     freeze(parameters, tensors(ModelDims.of(config.model, config.moe, config.mixers), padded_vocab_size))
     initialised, clipper = _initialize(config, topology, model, parameters)
     average = weight_average(initialised.optimizer, parameters, config.optimizer.ema_decay)
@@ -213,6 +214,7 @@ def build_inference_engine(
         )
     stage = build_stage(_layer_specs(config, topology, padded_vocab_size), topology)
     load_weights({**stage.parameters, **stage.buffers}, checkpoint, topology)
+    hold_magnitudes(stage)
     pack(stage)
     engine = InferenceEngine(
         stage,

@@ -1,4 +1,4 @@
-"""Freezes parameters, and initializes soft prompts."""
+"""Freezes parameters, and initializes soft prompts and the norms of DoRA."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch.nn import Module, Parameter
 from megatron.distributed.collectives import all_reduce
 from megatron.distributed.mesh import Axis
 from megatron.distributed.process_group import device
+from megatron.distributed.tensor_parallel.lora import magnitude_arguments
 from megatron.param_table import PROMPT, TensorShape, trainable_tensors
 
 _WORDS, _PROMPT = "0.word_embeddings.weight", f"0.{PROMPT}"
@@ -71,6 +72,19 @@ def start_prompt(parameters: Mapping[str, Parameter], tokens: Sequence[int], axi
         return
     row_ids = torch.tensor(list(islice(cycle(tokens), prompt.shape[0])), device=words.device)
     prompt.copy_(_rows(words, row_ids, axis))
+
+
+def start_magnitudes(model: Module, loaded: frozenset[int] | set[int]) -> None:
+    """Sets norms of rows that no checkpoint had to those of the weights. Collective over the tensor-parallel axis.
+
+    Args:
+        model: with its weights loaded, before ZeRO partitions them.
+        loaded: ids of the parameters that were loaded.
+    """
+    for module in model.modules():
+        found = magnitude_arguments(module)
+        if found is not None and id(found[0].weight) not in loaded:
+            found[0].start(*found[1])
 
 
 def _rows(words: Tensor, row_ids: Tensor, axis: Axis) -> Tensor:

@@ -18,6 +18,7 @@ from megatron.distributed.mesh import Topology
 from megatron.distributed.process_group import device
 from megatron.distributed.tensor_parallel.embedding import VocabParallelEmbedding
 from megatron.distributed.tensor_parallel.linear import ColumnParallelLinear
+from megatron.distributed.tensor_parallel.lora import magnitude_arguments
 from megatron.engine.expert_bias import correction_biases
 from megatron.engine.inference_forward import pipeline_forward
 from megatron.engine.prompt_offset import prepend_padding, prompt_offset, shift_positions
@@ -86,6 +87,15 @@ def pack(stage: Stage) -> None:
                 module.kernel = packed_linear(weight)
                 module.weight = weight if embedding else None
     stage.parameters.clear()
+
+
+def hold_magnitudes(stage: Stage) -> None:
+    """Computes the factors of DoRA's rows once, from loaded weights. Collective over the tensor-parallel axis."""
+    for layer in stage.functions:
+        for module in layer.modules() if isinstance(layer, Module) else ():
+            found = magnitude_arguments(module)
+            if found is not None:
+                found[0].hold(*found[1])
 
 
 def is_read_elsewhere(module: Module) -> bool:

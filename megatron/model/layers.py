@@ -251,7 +251,8 @@ def _lora_specs(low_rank: LowRank | None, random: TensorParallelRNG) -> dict[str
     """Returns the adapter of each targeted matrix, by the name of the target."""
     if low_rank is None:
         return {}
-    return dict.fromkeys(low_rank.targets, LoraSpec(low_rank.rank, low_rank.scale, low_rank.dropout, random))
+    one = LoraSpec(low_rank.rank, low_rank.scale, low_rank.dropout, random, low_rank.magnitudes)
+    return dict.fromkeys(low_rank.targets, one)
 
 
 def _attention(dims: ModelDims, kind: str, block: int) -> Callable[..., nn.Module]:

@@ -1,6 +1,6 @@
 """Table of a model's tensors: layer index, name, global shape and shard dimension."""
 
-from megatron.param_table.adapters import DOWN, NAMED_KINDS, PROMPT, UP, is_adapter_tensor, trainable_tensors
+from megatron.param_table.adapters import DOWN, MAGNITUDE, NAMED_KINDS, PROMPT, UP, is_adapter_tensor, trainable_tensors
 from megatron.param_table.dims import LatentDims, MixtureDims, ModelDims
 from megatron.param_table.mixer_dims import DeltaDims, MixerDims
 from megatron.param_table.mixers import recurrent_state_shapes
@@ -20,6 +20,7 @@ from megatron.param_table.widths import (
 __all__ = [
     "DOWN",
     "FIRST_BLOCK",
+    "MAGNITUDE",
     "NAMED_KINDS",
     "PROMPT",
     "UP",

@@ -8,8 +8,8 @@ from dataclasses import replace
 from megatron.adapter_config import EMBEDDING, HEAD, LowRank
 from megatron.param_table.tensor import TensorShape
 
-DOWN, UP = "lora_A", "lora_B"
-"""The two matrices of a LoRA adapter, as modules beside the weight."""
+DOWN, UP, MAGNITUDE = "lora_A", "lora_B", "lora_magnitude_vector"
+"""The two matrices of a LoRA adapter and the trained norms of DoRA, as modules beside the weight."""
 PROMPT = "soft_prompt.weight"
 """The soft prompt, in layer 0."""
 ADDED = ("adapter", "prompt")
@@ -19,9 +19,9 @@ NAMED_KINDS = {"word_embedding": EMBEDDING, "head": HEAD}
 
 
 def with_lora(table: Sequence[TensorShape], adapter: LowRank | None) -> list[TensorShape]:
-    """Returns the tensors of a block, with A and B after each matrix that has a LoRA adapter.
+    """Returns the tensors of a block, with A, B and DoRA's norms of rows after each matrix that has a LoRA adapter.
 
-    B is sharded like a matrix with sharded outputs, A like one with sharded inputs.
+    B and the norms are sharded like a matrix with sharded outputs, A like one with sharded inputs.
     """
     if adapter is None:
         return list(table)
@@ -32,17 +32,20 @@ def with_lora(table: Sequence[TensorShape], adapter: LowRank | None) -> list[Ten
         further = table[number + 1].name if number + 1 < len(table) else ""
         if module in adapter.modules() and not further.startswith(f"{module}."):
             weight = next(one for one in table if one.name == f"{module}.weight")
-            tensors += _factors(weight, module, adapter.rank)
+            tensors += _factors(weight, module, adapter)
     return tensors
 
 
-def _factors(weight: TensorShape, module: str, rank: int) -> tuple[TensorShape, TensorShape]:
+def _factors(weight: TensorShape, module: str, adapter: LowRank) -> list[TensorShape]:
     out, inp = weight.shape
-    cut = weight.shard_dim
+    cut, rank = weight.shard_dim, adapter.rank
     down = TensorShape(weight.layer, f"{module}.{DOWN}.weight", (rank, inp), 1 if cut == 1 else None, "adapter")
     sections = weight.sections if cut == 0 else ()
-    up = TensorShape(weight.layer, f"{module}.{UP}.weight", (out, rank), 0 if cut == 0 else None, "adapter", sections)
-    return down, up
+    rows = 0 if cut == 0 else None
+    up = TensorShape(weight.layer, f"{module}.{UP}.weight", (out, rank), rows, "adapter", sections)
+    if not adapter.magnitudes:
+        return [down, up]
+    return [down, up, TensorShape(weight.layer, f"{module}.{MAGNITUDE}.weight", (out,), rows, "adapter", sections)]
 
 
 def prompt_tensor(length: int, hidden: int) -> TensorShape:

@@ -40,7 +40,7 @@ def flops_per_iteration(
         shares: visible fraction of each block's attention; 1 by default.
         predicted: fraction of the tokens that a masked language model predicts; 1 for a language model.
     """
-    updates = sum(tensor.count for tensor in table if tensor.kind == "adapter")
+    updates = sum(tensor.count for tensor in table if tensor.kind == "adapter" and len(tensor.shape) > 1)
     heads = [tensor for tensor in table if tensor.kind == "weight" and tensor.layer == dims.num_layers + 4]
     matrices = sum(tensor.count for tensor in table if tensor.kind == "weight" and tensor not in heads)
     matrices += sum(

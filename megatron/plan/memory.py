@@ -14,8 +14,10 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 
+from megatron.adapter_config import TARGETS
 from megatron.output_blocks import rows_of_a_block
 from megatron.param_table import LatentDims, ModelDims
+from megatron.param_table.blocks import block_tensors
 from megatron.plan.activation_layout import ActivationLayout
 from megatron.plan.gated_delta import delta_bytes
 from megatron.plan.latents import core_bytes, latent_bytes
@@ -190,11 +192,20 @@ def _updates(dims: ModelDims, layout: ActivationLayout, block: int) -> int:
         widths |= {"dense_h_to_4h": dims.hidden_size, "dense_4h_to_h": dims.mlp_width // layout.model_parallel_size}
     inputs = [width for name, width in widths.items() if name in adapter.targets]
     saved = len(inputs) * adapter.rank * layout.width
+    if adapter.magnitudes:
+        saved += sum(_outputs(dims, layout, block, name) for name in widths if name in adapter.targets) * layout.width
     if adapter.dropout > 0:
         saved += sum(inputs) * (layout.width if layout.cpu else 1)
         both = dims.shared_norm and {"query_key_value", "dense_h_to_4h"} <= set(adapter.targets)
         saved += dims.hidden_size * layout.width if both else 0  # one output of a norm with two dropouts
     return layout.tokens * saved
+
+
+def _outputs(dims: ModelDims, layout: ActivationLayout, block: int, target: str) -> int:
+    """Returns the outputs of a targeted matrix on a rank, which DoRA saves for the gradients of their norms."""
+    name = f"{TARGETS[target]}.weight"
+    shape = next(one for one in block_tensors(dims, block) if one.name == name)
+    return shape.local_shape(layout.model_parallel_size)[0]
 
 
 def _mixer(dims: ModelDims, layout: ActivationLayout, kind: str) -> int:

@@ -100,6 +100,7 @@ def _trained(plan: PlanFigures) -> list[str]:
     updates, prompt = low_rank(model.lora), soft_prompt(model.soft_prompt_tuning)
     if updates is not None:
         text = f"updates of rank {updates.rank} to {', '.join(updates.targets)}, scale {updates.scale:g}"
+        text += ", and the norms of their rows" if updates.magnitudes else ""
         text += "".join(f", and the {name}" for name in updates.modules_to_save)
     elif prompt is not None:
         text = f"a prompt of {prompt.num_tokens} vectors, which leaves {model.text_length} tokens to a text"

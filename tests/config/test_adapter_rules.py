@@ -15,6 +15,7 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
             ({"rank": 2.5}, "rank is a whole number from 1 on, not 2.5"),
             ({"rank": 4, "alpha": 0}, "alpha is a number above 0, not 0"),
             ({"rank": 4, "rslora": "yes"}, "rslora is true or false, not 'yes'"),
+            ({"rank": 4, "dora": 1}, "dora is true or false, not 1"),
             ({"rank": 4, "dropout": 1.0}, "dropout is a probability below 1, not 1.0"),
             ({"rnk": 4}, "it has no rnk; did you mean rank?"),
             ({"rank": 4, "targets": "dens"}, "there is no matrix dens; did you mean dense?"),

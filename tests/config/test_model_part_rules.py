@@ -23,6 +23,7 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
     (1, {"activation": "xielu", "moe_num_experts": 2}, "experts share one activation"),
     (1, {"activation": "xielu", "attention_config": ["gmlp", "global"]}, "blocks of kind gmlp have no such parameters"),
     (1, {"activation": "xielu", "use_mup": True, "base_shapes_file": "x"}, "muP has no rule for its factors"),
+    (1, {"lora": {"rank": 4, "dora": True}, "te_rowparallel": True}, "dora scales the product of a frozen matrix"),
     (1, {"norm_placement": "output", "te_layernorm_mlp": True}, "layer has a norm before its MLP only"),
     (1, ACROSS, "a norm over all heads is a root mean square norm, and norm = layernorm; use norm: rmsnorm"),
     (

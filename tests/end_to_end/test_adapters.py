@@ -37,6 +37,7 @@ CASES: dict[str, Keys] = {
     "updates": UPDATES,
     "updates, parallel residual, grouped": {**UPDATES, "gpt_j_residual": True, "num_kv_heads": 2, "pos_emb": "learned"},
     "updates of some, gated": {**SOME, "activation": "swiglu", "mlp_multiple_of": 8},
+    "norms of rows, gated": {"lora": {**UPDATES["lora"], "dora": True}, "activation": "swiglu", "mlp_multiple_of": 8},
     "updates and the one matrix of both": BOTH,
     "updates, embedding": EMBEDDING,
     "updates, output layer": HEAD,
@@ -230,7 +231,7 @@ def test_texts_and_scores(layout: Keys, tuning: dict[str, Any], tmp_path: Path) 
     expected = {**BASE, "sample_input_file": "prompts.txt", "maximum_tokens": 10}
     expected |= {"eval_text": "valid.txt", "user_script": "generate.py"}
     cases: dict[str, Keys] = {}
-    for name, case in {"updates": UPDATES, "prompt": PROMPT}.items():
+    for name, case in {"updates": {"lora": {**UPDATES["lora"], "dora": True}}, "prompt": PROMPT}.items():
         run(1, tmp_path / name, **{**tuning, **large, **case, "save": str(tmp_path / name / "save")})
         cases[name] = {**case, "load": str(tmp_path / name / "save")}
     merge(tmp_path / "updates" / "save", tmp_path / "merged", model_size=2, pipe_size=0)

@@ -90,6 +90,8 @@ CASES: dict[str, dict[str, Any]] = {
     "dropped updates": {**NEOX, "gpt_j_tied": True, "lora": {"rank": 8, "targets": "all", "dropout": 0.1}},
     "updates, llama": {**LLAMA, "lora": {"rank": 8, "targets": ["dense", "dense_4h_to_h"]}},
     "updates, experts": {**EXPERTS, "lora": {"rank": 8, "targets": ["query_key_value"]}},
+    "norms of rows": {**NEOX, "lora": {"rank": 8, "targets": "all", "dora": True}},
+    "norms of rows, dropped": {**LLAMA, "lora": {"rank": 8, "targets": "all", "dora": True, "dropout": 0.1}},
     "prompt": {"soft_prompt_tuning": {"num_tokens": 8}},
     "prompt, llama": {**LLAMA, "soft_prompt_tuning": {"num_tokens": 8}},
 }

@@ -27,7 +27,7 @@ from megatron.checkpoint.huggingface.peft_modules import SavedModules
 from megatron.checkpoint.huggingface.safetensors_format import Promise
 from megatron.checkpoint.load.stored_model import StoredModel
 from megatron.errors import ConfigError
-from megatron.param_table import DOWN, PROMPT, UP, ModelDims, TensorShape
+from megatron.param_table import DOWN, MAGNITUDE, PROMPT, UP, ModelDims, TensorShape
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -114,6 +114,10 @@ def _factors(stored: StoredModel, family: ModelFamily, dims: ModelDims, dtype: t
             first, second = partial(_down, stored, down, dtype), partial(_up, stored, row, up, part, dtype)
             yield Promise(f"{theirs}.lora_A.weight", down.shape, dtype, first)
             yield Promise(f"{theirs}.lora_B.weight", tuple(parts[part].shape), dtype, second)
+            norms = shapes.get(f"{module}.{MAGNITUDE}.weight")
+            if norms is not None:
+                third = partial(_norms, stored, row, norms, part, dtype)
+                yield Promise(f"{theirs}.lora_magnitude_vector", tuple(parts[part].shape[:1]), dtype, third)
 
 
 def _rows(row: TensorMapping, up: Tensor) -> list[Tensor]:
@@ -129,14 +133,22 @@ def _up(stored: StoredModel, row: TensorMapping, shape: TensorShape, part: int, 
     return _rows(row, stored.full_tensor(shape, precise=dtype == torch.float32))[part]
 
 
+def _norms(stored: StoredModel, row: TensorMapping, shape: TensorShape, part: int, dtype: torch.dtype) -> Tensor:
+    return _rows(row, stored.full_tensor(shape, precise=dtype == torch.float32).unsqueeze(1))[part].squeeze(1)
+
+
 def _lora(asked: LowRank, promises: list[Promise], *, turned: bool) -> dict[str, Any]:
     """modules: by their place in a block, since all blocks have the same."""
-    inside = {re.sub(r"^base_model\.model\..*?\.\d+\.|\.lora_[AB]\.weight$", "", promise.name) for promise in promises}
+    inside = {
+        re.sub(r"^base_model\.model\..*?\.\d+\.|\.lora_([AB]\.weight|magnitude_vector)$", "", promise.name)
+        for promise in promises
+    }
     return {
         "peft_type": "LORA",
         "r": asked.rank,
         "lora_alpha": asked.alpha,
         "use_rslora": asked.rank_stabilized,
+        "use_dora": asked.magnitudes,
         "lora_dropout": asked.dropout,
         "target_modules": sorted(inside),
         "fan_in_fan_out": turned,

@@ -25,12 +25,11 @@ from megatron.checkpoint.huggingface.family import TensorMapping
 from megatron.checkpoint.huggingface.model_folder import HEADS, Folder
 from megatron.checkpoint.huggingface.peft_adapter import CONFIG, WEIGHTS
 from megatron.errors import ConfigError, ConfigIssue, RunError
-from megatron.param_table import DOWN, UP, ModelDims
+from megatron.param_table import DOWN, MAGNITUDE, UP, ModelDims
 
 PREFIX = "base_model.model."
 _UNREAD: Mapping[str, object] = {
     "peft_type": "LORA",
-    "use_dora": False,
     "bias": "none",
     "lora_bias": False,
     "alora_invocation_tokens": None,
@@ -50,6 +49,8 @@ class _Update:
     """A [r, in]."""
     up: Tensor
     """B [out, r], times the update's factor."""
+    norms: Tensor | None = None
+    """DoRA's norms of rows [out]."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,9 @@ def _updates_of(row: TensorMapping, named: dict[str, Tensor], settings: Mapping[
         module = name.removesuffix(".weight")
         down, up = (named.pop(f"{module}.{part}.weight", None) for part in ("lora_A", "lora_B"))
         if down is not None and up is not None:
-            found[name] = _Update(down.float(), up.float() * _factor(module, len(down), settings))
+            norms = named.pop(f"{module}.lora_magnitude_vector", None) if settings.get("use_dora") else None
+            up = up.float() * _factor(module, len(down), settings)
+            found[name] = _Update(down.float(), up, None if norms is None else norms.float())
     return found
 
 
@@ -158,7 +161,8 @@ def _low_rank(
     factor = _factor("", settings["r"], settings)
     targets = tuple(name for name, module in TARGETS.items() if module in inside)
     dropout = float(settings.get("lora_dropout") or 0.0)
-    return LowRank(rank, round(factor * rank, 12), dropout, targets, saved)
+    magnitudes = any(each.norms is not None for parts in found.values() for each in parts.values())
+    return LowRank(rank, round(factor * rank, 12), dropout, targets, saved, magnitudes=magnitudes)
 
 
 def _factors(
@@ -184,6 +188,18 @@ def _factors(
                 at += width if len(downs) > 1 else 0
         yield f"{module}.{DOWN}.weight", down
         yield f"{module}.{UP}.weight", row.together([up.T if row.turned else up for up in ups]).contiguous()
+        if asked.magnitudes:
+            norms = [_norms(updates.get(name), name, row, folder).unsqueeze(1) for name in row.theirs]
+            joint = row.together([each.T if row.turned else each for each in norms])
+            yield f"{module}.{MAGNITUDE}.weight", joint.reshape(-1).contiguous()
+
+
+def _norms(update: _Update | None, name: str, row: TensorMapping, folder: Folder) -> Tensor:
+    """Returns DoRA's norms of the rows of a matrix of theirs [out]; its own where it has no update."""
+    if update is not None and update.norms is not None:
+        return update.norms
+    weight = folder.tensors[_stored(name, folder)]().float()
+    return torch.linalg.vector_norm(weight, dim=0 if row.turned else 1)
 
 
 def _random_down(module: str, rank: int, inputs: int) -> Tensor:

@@ -37,7 +37,7 @@ from megatron.config.schema.checkpoint import CheckpointSection
 from megatron.distributed.mesh import Topology
 from megatron.errors import ConfigError, ConfigIssue, RunError
 from megatron.log import get_logger
-from megatron.param_table import DOWN, PROMPT, ModelDims, TensorShape, is_adapter_tensor
+from megatron.param_table import DOWN, MAGNITUDE, PROMPT, ModelDims, TensorShape, is_adapter_tensor
 from megatron.ranks import Ranks
 from megatron.registry import OPTIMIZERS
 from megatron.tokenizer_info import TokenizerInfo
@@ -345,7 +345,7 @@ def _strangers(unexpected: list[str], missing: list[str], added: set[str], locat
     hint = "give the configuration the shape of the checkpoint, or load another one"
     if not unexpected and added.issuperset(missing):
         hint = "set finetune: true to start them beside the checkpoint's model"
-    elif any(f".{DOWN}." in key for key in unexpected):
+    elif any(f".{name}." in key for key in unexpected for name in (DOWN, MAGNITUDE)):
         hint = "give the configuration the lora of the checkpoint, or merge it with tools/merge_lora.py"
     elif f"0.{PROMPT}" in unexpected:
         hint = "give the configuration the soft_prompt_tuning of the checkpoint"

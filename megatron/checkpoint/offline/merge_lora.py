@@ -1,4 +1,4 @@
-"""Low-rank updates put into the matrices that they change: W + (alpha / rank) B A in place of W.
+"""Low-rank updates put into the matrices that they change: W + (alpha / rank) B A in place of W, with DoRA's norms.
 
 What comes out is a model like any other, which runs at the speed of the one that it began as.
 """
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from megatron.adapter_config import LowRank, low_rank, prompt_length
@@ -20,7 +21,7 @@ from megatron.checkpoint.offline.write_resharded import write_weights
 from megatron.checkpoint.save.commit import make_room, publish
 from megatron.config import serialize
 from megatron.errors import ConfigError, RunError
-from megatron.param_table import DOWN, UP, ModelDims, TensorShape, tensors
+from megatron.param_table import DOWN, MAGNITUDE, UP, ModelDims, TensorShape, tensors
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,12 @@ class MergedModel(StoredModel):
         if kind != "weight" or module not in self.asked.modules():
             return tensor
         down, up = (self._factor(shape, f"{module}.{name}.weight", precise) for name in (DOWN, UP))
-        change = self.asked.scale * (up.float() @ down.float())  # [out, in]
-        return (tensor.float() + change) if precise else (tensor.float() + change).to(tensor.dtype)
+        changed = tensor.float() + self.asked.scale * (up.float() @ down.float())  # [out, in]
+        if self.asked.magnitudes:
+            norms = torch.linalg.vector_norm(changed, dim=1).to(self.source.full_tensor(shape).dtype)  # as in training
+            magnitudes = self._factor(shape, f"{module}.{MAGNITUDE}.weight", precise).float()
+            changed *= (magnitudes / norms.float().clamp_min(torch.finfo(norms.dtype).tiny)).unsqueeze(1)
+        return changed if precise else changed.to(tensor.dtype)
 
     def _factor(self, shape: TensorShape, name: str, precise: bool) -> Tensor:
         factor = next(one for one in self.source.table if (one.layer, one.name) == (shape.layer, name))

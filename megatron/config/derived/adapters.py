@@ -22,6 +22,9 @@ from megatron.errors import ConfigError
 from megatron.registry import nearest_name
 
 Block = Mapping[str, Any]
+SWITCHES = ("rslora", "dora")
+NAMES = ("enabled", "rank", "alpha", "dropout", "targets", "modules_to_save", *SWITCHES)
+"""What a `lora` block may have."""
 
 
 def derive_lora(block: Block | None, *, gated: bool = False) -> dict[str, Any] | None:
@@ -56,7 +59,7 @@ def _hint(error: str, example: str) -> str | None:
 
 
 def _lora_error(block: Block | None) -> str | None:
-    issue = _unknown_name_error(block, ("enabled", "rank", "alpha", "dropout", "targets", "modules_to_save", "rslora"))
+    issue = _unknown_name_error(block, NAMES)
     if issue is not None or block is None or not enabled(block):
         return issue
     if not _is_positive_int(block.get("rank")):
@@ -66,8 +69,9 @@ def _lora_error(block: Block | None) -> str | None:
         return f"alpha is a number above 0, not {alpha!r}"
     if dropout is not None and (not _is_number(dropout) or not 0 <= dropout < 1):
         return f"dropout is a probability below 1, not {dropout!r}"
-    if not isinstance(block.get("rslora", False), bool):
-        return f"rslora is true or false, not {block['rslora']!r}"
+    for name in SWITCHES:
+        if not isinstance(block.get(name, False), bool):
+            return f"{name} is true or false, not {block[name]!r}"
     return _targets_error(block) or _modules_error(block)
 
 

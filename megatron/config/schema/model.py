@@ -193,7 +193,8 @@ class ModelSection(Section):
         "Train only LoRA adapters W + alpha / rank B A of frozen matrices: {rank: 8, alpha: rank unless given, "
         "dropout: 0, targets: [query_key_value, dense, dense_h_to_4h, dense_4h_to_h] or all, the first unless given, "
         "modules_to_save: [embedding, head], matrices that are trained beside the adapters, none unless given, "
-        "rslora: true for alpha / sqrt(rank)}, arXiv:2106.09685.",
+        "rslora: true for alpha / sqrt(rank), dora: true to train the norm of each row of W + alpha / rank B A too, "
+        "arXiv:2402.09353}, arXiv:2106.09685.",
     )
     num_token_types: int | None = key(
         None,

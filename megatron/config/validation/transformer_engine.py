@@ -17,6 +17,10 @@ ROWS, COLUMNS = 8, 16
 def norm_and_mlp_are_one_layer(config: Config) -> Iterator[ConfigIssue]:
     """The fused layer of norm and MLP supports its own norms and activations, and a norm that only the MLP reads."""
     model, key = config.model, "te_layernorm_mlp"
+    updates = low_rank(model.lora)
+    if updates is not None and updates.magnitudes and config.transformer_engine.layers:
+        what = "dora scales the product of a frozen matrix without its bias, which layers of Transformer Engine add"
+        yield ConfigIssue(what, key="lora", value=model.lora, hint="leave dora or the te_ keys out")
     if not config.transformer_engine.te_layernorm_mlp:
         return
     if ACTIVATIONS.entry(model.activation).in_transformer_engine is None:
@@ -31,7 +35,6 @@ def norm_and_mlp_are_one_layer(config: Config) -> Iterator[ConfigIssue]:
         yield ConfigIssue("with gpt_j_tied attention reads the same norm", key=key, value=True, hint="leave it out")
     if config.moe.moe_num_experts > 1:
         yield ConfigIssue("blocks with experts have no MLP", key=key, value=True, hint="leave it out")
-    updates = low_rank(model.lora)
     if updates is not None and any(name.startswith("mlp.") for name in updates.modules()):
         hint = "leave it out, or write targets: [query_key_value, dense]"
         yield ConfigIssue("low-rank updates cannot be added within it", key=key, value=True, hint=hint)

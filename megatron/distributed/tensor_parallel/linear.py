@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from megatron.distributed.param_init import InitFn, ParamFactory, zeros
 from megatron.distributed.partial_grads import mark_partial_grad
-from megatron.distributed.tensor_parallel.lora import LoraMatrix, LoraSpec, init_lora_a
+from megatron.distributed.tensor_parallel.lora import LoraMatrix, LoraSpec, RowMagnitudes, init_lora_a
 from megatron.distributed.tensor_parallel.sequence_parallel import (
     Regather,
     gather_or_copy_to_tp,
@@ -77,21 +77,34 @@ class ColumnParallelLinear(nn.Module):
             sections=sections,
             kernel=kernel,
         )
+        if lora.magnitudes:
+            norms = source.of("lora_magnitude_vector").sharded(
+                "weight", (out_features,), zeros, dim=0, sections=sections
+            )
+            self.lora_magnitude_vector = RowMagnitudes(norms, lora.scale, None)
 
     def forward(self, x: Tensor, regather: Regather | None = None) -> Tensor:
         """[..., in], equal on all ranks (with sequence parallelism [s/t, .., in]) -> [..., out/t].
 
         regather: of the region that this layer begins.
         """
-        if self.axis.sequence_parallel and not isinstance(self.kernel, BoundLinear):
-            y = gathered_linear(x, self.weight, self.bias, self.axis, self.kernel, regather)  # [s, .., out/t]
-        else:
-            y = self.kernel(gather_or_copy_to_tp(x, self.axis), self.weight, self.bias)  # [s, .., out/t]
         if self.lora is None:
-            return y
+            return self._product(x, self.bias, regather)
+        y = self._product(x, None if self.lora.magnitudes else self.bias, regather)
         dropped = self.lora.drop(x, training=self.training, sharded=self.axis.sequence_parallel)
         change: Tensor = self.lora_B(self.lora.scale * self.lora_A(dropped))
-        return y + change
+        if not self.lora.magnitudes:
+            return y + change
+        factor = self.lora_magnitude_vector.factor(self.weight, self.lora_A.weight, self.lora_B.weight)
+        product = y if dropped is x else self._product(dropped, None)
+        scaled: Tensor = self.lora_magnitude_vector(y, product, change, factor)
+        return scaled if self.bias is None else scaled + self.bias
+
+    def _product(self, x: Tensor, bias: Tensor | None, regather: Regather | None = None) -> Tensor:
+        """Returns x Wᵀ + bias, [..., out/t], of the full sequence [s, ..]."""
+        if self.axis.sequence_parallel and not isinstance(self.kernel, BoundLinear):
+            return gathered_linear(x, self.weight, bias, self.axis, self.kernel, regather)
+        return self.kernel(gather_or_copy_to_tp(x, self.axis), self.weight, bias)
 
 
 class RowParallelLinear(nn.Module):
@@ -135,6 +148,12 @@ class RowParallelLinear(nn.Module):
         if self.axis.size > 1:  # each rank applies it to its term of the sum
             mark_partial_grad(up, self.axis)
         self.lora_A, self.lora_B = LoraMatrix(down, kernel), LoraMatrix(up, kernel)
+        if lora.magnitudes:
+            every = {"full_sequence": True}
+            norms = source.of("lora_magnitude_vector").replicated("weight", (out_features,), zeros, **every)
+            if self.axis.size > 1:
+                mark_partial_grad(norms, self.axis)
+            self.lora_magnitude_vector = RowMagnitudes(norms, lora.scale, self.axis)
 
     def forward(self, x: Tensor, regather: Regather | None = None) -> Tensor:
         """[..., in/t] -> [..., out], equal on all ranks (with sequence parallelism [s/t, .., out]).
@@ -148,12 +167,18 @@ class RowParallelLinear(nn.Module):
 
         On one rank the bias is included, since there is no sum.
         """
-        term = self.kernel(x, self.weight, self.bias if self.axis.size == 1 else None)
+        bias = self.bias if self.axis.size == 1 else None
         if self.lora is None:
-            return term
+            return self.kernel(x, self.weight, bias)
+        term = self.kernel(x, self.weight, None if self.lora.magnitudes else bias)
         dropped = self.lora.drop(x, training=self.training, sharded=self.axis.size > 1)
         change: Tensor = self.lora_B(self.lora.scale * self.lora_A(dropped))
-        return term + change
+        if not self.lora.magnitudes:
+            return term + change
+        factor = self.lora_magnitude_vector.factor(self.weight, self.lora_A.weight, self.lora_B.weight)
+        product = term if dropped is x else self.kernel(dropped, self.weight, None)
+        scaled: Tensor = self.lora_magnitude_vector(term, product, change, factor)
+        return scaled if bias is None else scaled + bias
 
     def add_bias(self, total: Tensor) -> Tensor:
         """Completes ``partial`` after the sum over ranks."""

@@ -37,6 +37,8 @@ STEPS, RATE, CLIP, DECAY = 10, 5e-3, 0.5, 0.1
 LENGTH = 24
 UPDATES = {"lora": {"rank": 4, "alpha": 12, "targets": "all"}}
 ROWS = {"lora": {"rank": 4, "alpha": 6, "rslora": True, "targets": ["dense", "dense_4h_to_h"]}}
+NORMS = {"lora": {"rank": 4, "alpha": 6, "targets": "all", "dora": True}}
+BOTH_NORMS = {"lora": {**NORMS["lora"], "rslora": True, "targets": ["dense", "dense_4h_to_h"]}}
 BOTH = {"lora": {**UPDATES["lora"], "modules_to_save": ["embedding", "head"]}}
 NEW, PADDING = 2, 6
 PROMPT = {"soft_prompt_tuning": {"num_tokens": 5, "init_range": 0.2}}
@@ -151,7 +153,11 @@ def theirs(case: Case) -> tuple[list[float], list[float]]:
     model = with_adapter(case, 0)
     changed = ("lora_", "prompt_encoder", "modules_to_save")
     parameters = [one for name, one in model.named_parameters() if any(part in name for part in changed)]
-    optimizer = torch.optim.AdamW(parameters, lr=RATE, betas=(0.9, 0.999), eps=1e-8, weight_decay=DECAY)
+    groups: list[dict[str, Any]] = [
+        {"params": [one for one in parameters if one.dim() > 1]},
+        {"params": [one for one in parameters if one.dim() == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.999), eps=1e-8, weight_decay=DECAY)
     for parameter in parameters:
         parameter.requires_grad_()
     rows = batch(VOCABULARY + case.new)
@@ -171,6 +177,9 @@ ALONE: dict[str, tuple[str, dict[str, Any]]] = {
     "neox, updates": ("neox", UPDATES),
     "gpt2, updates": ("gpt2", UPDATES),
     "llama, updates": ("llama, grouped, biases", ROWS),
+    "neox, norms": ("neox", NORMS),
+    "gpt2, norms": ("gpt2", NORMS),
+    "llama, norms": ("llama, grouped, biases", BOTH_NORMS),
     "neox, updates and both": ("neox", BOTH),
     "gpt2, updates and the one matrix of both": ("gpt2", BOTH),
     "neox, prompt": ("neox", PROMPT),
@@ -191,9 +200,11 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Case, Fou
 
 @pytest.fixture(scope="module")
 def cut(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Case, Found]]:
-    """Trained on two tensor-parallel ranks."""
+    """Trained on two tensor-parallel ranks, every other one with norms of rows."""
     folder = tmp_path_factory.mktemp("cut")
-    return train([Case(name, UPDATES, folder / name) for name in EXPORTS], 2, model_parallel_size=2)
+    added = [NORMS if number % 2 else UPDATES for number in range(len(EXPORTS))]
+    cases = [Case(name, one, folder / name) for name, one in zip(EXPORTS, added, strict=True)]
+    return train(cases, 2, model_parallel_size=2)
 
 
 @pytest.fixture(scope="module")

@@ -40,6 +40,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "alpha_pattern": {"o_proj": 32},
         },
     ),
+    "norms of rows": (LLAMA, {"r": 3, "lora_alpha": 6, "target_modules": ALL, "use_dora": True, "use_rslora": True}),
+    "norms of rows of values": (LLAMA, {"r": 3, "target_modules": ["v_proj", "o_proj"], "use_dora": True}),
+    "norms, turned": ("gpt2", {"r": 4, "target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True, "use_dora": True}),
     "some blocks": (LLAMA, {"r": 4, "target_modules": ["o_proj"], "layers_to_transform": [1]}),
     "turned, joint": ("gpt2", {"r": 4, "target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
     "joint": ("neox", {"r": 4, "lora_alpha": 2, "target_modules": ["query_key_value", "dense_h_to_4h"]}),
@@ -113,7 +116,7 @@ def test_the_tool_writes_the_adapter_into_the_keys(tmp_path: Path) -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "another factor": ({"use_dora": True}, "use_dora = True: only False can be taken over"),
+    "another factor": ({"use_qalora": True}, "use_qalora = True: only False can be taken over"),
     "biases": ({"bias": "all"}, "bias = 'all': only 'none' can be taken over"),
     "no rank": ({"r": 0}, "r = 0: the rank must be at least 1"),
     "another kind": ({"peft_type": "IA3"}, "peft_type = 'IA3': only 'LORA' can be taken over"),
