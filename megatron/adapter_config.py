@@ -14,14 +14,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+IN_PROJ, OUT_PROJ = "in_proj", "out_proj"
+"""The targets of recurrent mixers; `all` names them for models that have them."""
 TARGETS = {
-    "query_key_value": "attention.query_key_value",
-    "output_gate": "attention.output_gate",
-    "dense": "attention.dense",
-    "dense_h_to_4h": "mlp.linear1",
-    "dense_4h_to_h": "mlp.linear2",
+    "query_key_value": ("attention.query_key_value",),
+    "output_gate": ("attention.output_gate",),
+    "dense": ("attention.dense",),
+    "dense_h_to_4h": ("mlp.linear1",),
+    "dense_4h_to_h": ("mlp.linear2",),
+    IN_PROJ: ("mixer.in_proj", "attention.in_proj"),
+    OUT_PROJ: ("mixer.out_proj",),
 }
-"""The matrices that `lora` may target: name -> the module inside its block."""
+"""The matrices that `lora` may target: name -> the module inside its block, by the kind of the block."""
+MODULES = {module: name for name, modules in TARGETS.items() for module in modules}
+"""Module inside a block -> its name among the targets."""
 GATE = "output_gate"
 """The target that only models with `attention_output_gate` have; `all` names it for those."""
 EMBEDDING, HEAD = "embedding", "head"
@@ -59,7 +65,7 @@ class LowRank:
 
     def modules(self) -> tuple[str, ...]:
         """Returns the targeted modules inside a block."""
-        return tuple(TARGETS[name] for name in self.targets)
+        return tuple(module for name in self.targets for module in TARGETS[name])
 
     def block(self) -> dict[str, Any]:
         """Returns the configuration's block with all defaults."""
@@ -128,7 +134,7 @@ def targets(block: Block) -> list[str]:
     """Returns the targets of a `lora` block by their names in TARGETS; query_key_value by default."""
     given = block.get("targets") or "query_key_value"
     listed = [given] if isinstance(given, str) else list(given)
-    every = [name for name in TARGETS if name != GATE or GATE in listed]
+    every = [name for name in TARGETS if name not in (GATE, IN_PROJ, OUT_PROJ) or name in listed]
     return every if ALL in listed else [ALIASES.get(name, name) for name in listed]
 
 

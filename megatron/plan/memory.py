@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 
-from megatron.adapter_config import TARGETS
+from megatron.adapter_config import IN_PROJ, MODULES, OUT_PROJ
 from megatron.output_blocks import rows_of_a_block
 from megatron.param_table import LatentDims, ModelDims
 from megatron.param_table.blocks import block_tensors
@@ -32,6 +32,7 @@ from megatron.registry import (
     NORMS,
     ONE_PLUS,
     POSITIONS,
+    WITH_OUT_PROJ,
     WITHOUT_MLP,
 )
 
@@ -134,7 +135,7 @@ def block_activations(dims: ModelDims, layout: ActivationLayout, block: int = 0)
     """Returns the bytes that autograd saves for one block and one micro batch. block: its number."""
     kind = dims.kind(block)
     if kind in MIXER_BLOCKS:
-        return _mixer(dims, layout, kind)
+        return _mixer(dims, layout, block)
     if kind in (ATTENTION_ALONE, MLP_ALONE):
         return _sublayer(dims, layout, block)
     norms = 1 if dims.shared_norm else 2
@@ -171,7 +172,7 @@ def _between(dims: ModelDims, block: int) -> int:
     """Returns how many outputs of norms are saved for the weight gradients of the next layers."""
     attention = dims.saves_input("query_key_value") or (dims.output_gate and dims.saves_input("output_gate"))
     if dims.kind(block) == GATED_DELTA_NET:
-        attention = not dims.frozen
+        attention = dims.saves_input(IN_PROJ)
     mlp = dims.saves_input("dense_h_to_4h") and not (dims.frozen and dims.has_experts(block))
     return int(attention or mlp) if dims.shared_norm else int(attention) + int(mlp)
 
@@ -182,7 +183,10 @@ def _updates(dims: ModelDims, layout: ActivationLayout, block: int) -> int:
     if adapter is None:
         return 0
     if dims.kind(block) == GATED_DELTA_NET:
-        widths = {"dense": dims.mixers.delta.value_size // layout.model_parallel_size}
+        widths = {"dense": dims.mixers.delta.value_size // layout.model_parallel_size, IN_PROJ: dims.hidden_size}
+    elif dims.kind(block) in WITH_OUT_PROJ:
+        inner = dims.mixers.mamba2.inner if dims.kind(block) == "mamba2" else dims.mixers.mamba_inner
+        widths = {IN_PROJ: dims.hidden_size, OUT_PROJ: inner // layout.model_parallel_size}
     elif dims.kind(block) == MLP_ALONE:
         widths = {}
     else:
@@ -203,14 +207,16 @@ def _updates(dims: ModelDims, layout: ActivationLayout, block: int) -> int:
 
 def _outputs(dims: ModelDims, layout: ActivationLayout, block: int, target: str) -> int:
     """Returns the outputs of a targeted matrix on a rank, which DoRA saves for the gradients of their norms."""
-    name = f"{TARGETS[target]}.weight"
-    shape = next(one for one in block_tensors(dims, block) if one.name == name)
+    table = block_tensors(dims, block)
+    shape = next(one for one in table if MODULES.get(one.name.removesuffix(".weight")) == target)
     return shape.local_shape(layout.model_parallel_size)[0]
 
 
-def _mixer(dims: ModelDims, layout: ActivationLayout, kind: str) -> int:
+def _mixer(dims: ModelDims, layout: ActivationLayout, block: int) -> int:
     """Returns the saved bytes of a block without attention; RWKV's norms are included."""
-    saved = mixer_activations(
+    kind = dims.kind(block)
+    saved = _updates(dims, layout, block) if kind in WITH_OUT_PROJ else 0
+    saved += mixer_activations(
         dims,
         kind,
         tokens=layout.tokens,
@@ -221,9 +227,9 @@ def _mixer(dims: ModelDims, layout: ActivationLayout, kind: str) -> int:
         fused=layout.fused_scan,
     )
     if kind != "rwkv":
-        saved += layout.residual_tokens * dims.hidden_size * layout.width + _norm_inputs(
-            dims, layout, norms=1, inputs=1
-        )
+        read = kind not in WITH_OUT_PROJ or dims.saves_input(IN_PROJ)
+        saved += layout.residual_tokens * dims.hidden_size * layout.width * int(read)
+        saved += _norm_inputs(dims, layout, norms=1, inputs=1)
     if layout.hidden_dropout:
         saved += (2 if kind == "rwkv" else 1) * layout.residual_tokens * dims.hidden_size
     return saved

@@ -50,6 +50,8 @@ from megatron.registry.model import (
     STANDALONE_BLOCK,
     TE_LAYERS,
     VANILLA,
+    WITH_IN_PROJ,
+    WITH_OUT_PROJ,
     WITHOUT_ATTENTION,
     WITHOUT_MLP,
 )
@@ -113,6 +115,8 @@ __all__ = [
     "VANILLA",
     "WITHOUT_ATTENTION",
     "WITHOUT_MLP",
+    "WITH_IN_PROJ",
+    "WITH_OUT_PROJ",
     "ActivationEntry",
     "Entry",
     "NormEntry",

@@ -313,6 +313,10 @@ WITHOUT_MLP = MIXER_BLOCKS | {ATTENTION_ALONE}
 """The kinds of attention_config without an MLP or experts as other blocks have them."""
 REPLACING = frozenset(entry.name for entry in ATTENTION.built_in if entry.traits & REPLACES_ATTENTION)
 """The kinds of attention_config with an MLP, and another mixer in place of attention."""
+WITH_OUT_PROJ = frozenset({"mamba", "mamba2"})
+"""The kinds of attention_config whose mixer ends in a matrix `out_proj`."""
+WITH_IN_PROJ = WITH_OUT_PROJ | {GATED_DELTA_NET}
+"""The kinds of attention_config whose mixer begins with a matrix `in_proj`."""
 WITHOUT_ATTENTION = MIXER_BLOCKS | REPLACING | {MLP_ALONE}
 """The kinds of attention_config without attention."""
 

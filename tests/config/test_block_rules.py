@@ -188,7 +188,11 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
         "a block of kind attention and mlp has one sublayer: Transformer Engine's layers are put into blocks with both",
     ),
     (1, {**ALONE, **TOPK, "moe_layer_freq": [1, 0]}, "no block with an MLP has experts"),
-    (1, {**ONLY_ATTENTION, "lora": {"rank": 4, "targets": "all"}}, "no block has an MLP, so no block has a dense_h"),
+    (
+        1,
+        {**ONLY_ATTENTION, "lora": {"rank": 4, "targets": ["dense_h_to_4h"]}},
+        "no block has an MLP, so no block has a dense_h",
+    ),
     (1, {**ONLY_MLPS, "lora": {"rank": 4}}, "no block has attention, so no block has a query_key_value"),
     (1, {"attention_config": [[["rwkv"], "all"]], "head_size": 7}, "head_size = 7: 4 heads of 64 features are 16 wide"),
     (1, {"attention_config": [[["rwkv"], "all"]], "dim_att": 66}, "num_attention_heads = 4 does not divide it"),

@@ -191,6 +191,9 @@ def test_what_is_trained_beside_a_model_is_reported_full() -> None:
     assert model.lora == first
     every = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
     assert resolved(lora={"rank": 2, "alpha": 4, "targets": "all"}).config.model.lora["targets"] == every
+    kinds = [[["gated_delta_net", "mamba"], "all"]]
+    mixed = resolved(lora={"rank": 2, "targets": "all"}, attention_config=kinds, pos_emb="none").config.model.lora
+    assert mixed["targets"] == ["dense", "dense_h_to_4h", "dense_4h_to_h", "in_proj", "out_proj"]
     named = resolved(lora={"rank": 2, "targets": ["linear2", "dense"], "enabled": True}).config.model.lora
     assert named["targets"] == ["dense", "dense_4h_to_h"]
     for written, meant in (("embedding", ["embedding"]), (["head", "embedding"], ["embedding", "head"])):

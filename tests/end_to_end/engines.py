@@ -84,7 +84,7 @@ def train(
             seed=1,
             backend="gloo",
         )
-        table = tensors(ModelDims.of(config.model, config.moe), VOCABULARY)
+        table = tensors(ModelDims.of(config.model, config.moe, config.mixers), VOCABULARY)
         checkpoint = find_checkpoint(config, table) if resumed else None
         engine = build_training_engine(config, topology, padded_vocab_size=VOCABULARY, checkpoint=checkpoint)
         if checkpoint is not None:

@@ -33,11 +33,23 @@ BOTH: Keys = {"lora": {**UPDATES["lora"], "modules_to_save": ["embedding", "head
 EMBEDDING: Keys = {"lora": {**UPDATES["lora"], "modules_to_save": ["embedding"]}, "no_weight_tying": True}
 HEAD: Keys = {"lora": {**UPDATES["lora"], "modules_to_save": "head"}, "no_weight_tying": True}
 SOME: Keys = {"lora": {"rank": 3, "targets": ["dense", "linear1"]}}
+MIXERS = "updates, mamba2 and gated delta nets"
+"""These need sequences in order, and the cases of one world share their order, which is a ring's in RING."""
 CASES: dict[str, Keys] = {
     "updates": UPDATES,
     "updates, parallel residual, grouped": {**UPDATES, "gpt_j_residual": True, "num_kv_heads": 2, "pos_emb": "learned"},
     "updates of some, gated": {**SOME, "activation": "swiglu", "mlp_multiple_of": 8},
     "norms of rows, gated": {"lora": {**UPDATES["lora"], "dora": True}, "activation": "swiglu", "mlp_multiple_of": 8},
+    MIXERS: {
+        **UPDATES,
+        "attention_config": [[["mamba2", "gated_delta_net"], "all"]],
+        "pos_emb": "none",
+        "mamba_num_groups": 2,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+    },
     "updates and the one matrix of both": BOTH,
     "updates, embedding": EMBEDDING,
     "updates, output layer": HEAD,
@@ -81,7 +93,8 @@ def tuning(dataset: str, base: Path) -> dict[str, Any]:
 
 def curves(world_size: int, layout: Keys, folder: Path | None = None, *, resumed: bool = False) -> Curves:
     position = "" if folder is None else str(folder)
-    found: list[Curves] = run_distributed(train, world_size, CASES, layout, position, resumed, timeout=400)
+    cases = {name: case for name, case in CASES.items() if layout is not RING or name != MIXERS}
+    found: list[Curves] = run_distributed(train, world_size, cases, layout, position, resumed, timeout=400)
     return found[0]
 
 
@@ -97,7 +110,7 @@ def test_layouts_are_one_process(alone: Curves, tmp_path: Path) -> None:
     later = {name: curve[SAVED:] for name, curve in alone.items()}
     agree(curves(2, PIPELINE, tmp_path, resumed=True), later)
     agree(curves(2, CONTEXT), alone)
-    agree(curves(2, RING), alone)
+    agree(curves(2, RING), {name: curve for name, curve in alone.items() if name != MIXERS})
     agree(curves(2, {"zero_optimization": {"stage": 1}}), alone)
 
 

@@ -90,6 +90,23 @@ CASES: dict[str, dict[str, Any]] = {
     "dropped updates": {**NEOX, "gpt_j_tied": True, "lora": {"rank": 8, "targets": "all", "dropout": 0.1}},
     "updates, llama": {**LLAMA, "lora": {"rank": 8, "targets": ["dense", "dense_4h_to_h"]}},
     "updates, experts": {**EXPERTS, "lora": {"rank": 8, "targets": ["query_key_value"]}},
+    "updates, mamba": {
+        "attention_config": [[["mamba"], "all"]],
+        "pos_emb": "none",
+        "lora": {"rank": 8, "targets": "all"},
+    },
+    "updates, mamba2, dropped": {
+        "attention_config": [[["mamba2"], "all"]],
+        "mamba_num_groups": 2,
+        "lora": {"rank": 8, "targets": "in_proj", "dropout": 0.1, "dora": True},
+    },
+    "updates, gated delta net": {
+        "norm": "rmsnorm",
+        "activation": "swiglu",
+        "pos_emb": "none",
+        **DELTA,
+        "lora": {"rank": 8, "targets": ["in_proj", "dense"]},
+    },
     "norms of rows": {**NEOX, "lora": {"rank": 8, "targets": "all", "dora": True}},
     "norms of rows, dropped": {**LLAMA, "lora": {"rank": 8, "targets": "all", "dora": True, "dropout": 0.1}},
     "prompt": {"soft_prompt_tuning": {"num_tokens": 8}},

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.adapter_config import EMBEDDING, LowRank, low_rank, soft_prompt
+from megatron.adapter_config import EMBEDDING, MODULES, OUT_PROJ, LowRank, low_rank, soft_prompt
 from megatron.checkpoint.format import files
 from megatron.checkpoint.huggingface import safetensors_format
 from megatron.checkpoint.huggingface.export_model import PRECISIONS, Exported
@@ -101,6 +101,12 @@ def _factors(stored: StoredModel, family: ModelFamily, dims: ModelDims, dtype: t
         down, up = (shapes.get(f"{module}.{name}.weight") for name in (DOWN, UP))
         if down is None or up is None:
             continue
+        if MODULES.get(module.partition(".")[2]) == OUT_PROJ:
+            raise ConfigError.of(
+                f"peft loads no update of out_proj in a model of the family {family.name}",
+                key="lora",
+                hint="leave --adapter-only out to convert the whole model",
+            )
         if row.joined is not None or not row.written:
             raise ConfigError.of(
                 f"the family {family.name} keeps {module.rpartition('.')[2]} and another matrix of ours as one, whose "

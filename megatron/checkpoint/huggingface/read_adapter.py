@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.adapter_config import EMBEDDING, HEAD, SAVED, TARGETS, LowRank
+from megatron.adapter_config import EMBEDDING, HEAD, MODULES, SAVED, TARGETS, LowRank
 from megatron.checkpoint.format import files
 from megatron.checkpoint.huggingface import safetensors_format
 from megatron.checkpoint.huggingface.family import TensorMapping
@@ -85,7 +85,7 @@ def read_adapter(path: Path, folder: Folder, dims: ModelDims) -> PeftAdapter:
     modules = {
         module: _updates_of(row, named, settings)
         for module, row in table.items()
-        if module.partition(".")[2] in TARGETS.values() and row.joined is None and row.written
+        if module.partition(".")[2] in MODULES and row.joined is None and row.written
     }
     saved = _saved(folder, dims, named)
     if named:
@@ -112,7 +112,7 @@ def _settings(path: Path) -> dict[str, Any]:
     ConfigError.raise_any(
         ConfigIssue(f"only {usual!r} can be taken over", key=key, value=found[key], location=str(path / CONFIG))
         for key, usual in _UNREAD.items()
-        if found.get(key, usual) not in (usual, None, False)
+        if found.get(key, usual) not in (usual, None, False, [])
     )
     if not isinstance(found.get("r"), int) or found["r"] < 1:
         raise ConfigError.of("the rank must be at least 1", key="r", value=found.get("r"), location=str(path / CONFIG))
@@ -159,7 +159,7 @@ def _low_rank(
     rank = max(sum(map(len, _joined(list(parts.values())))) for parts in found.values())
     inside = {module.partition(".")[2] for module in found}
     factor = _factor("", settings["r"], settings)
-    targets = tuple(name for name, module in TARGETS.items() if module in inside)
+    targets = tuple(name for name, ours in TARGETS.items() if inside.intersection(ours))
     dropout = float(settings.get("lora_dropout") or 0.0)
     magnitudes = any(each.norms is not None for parts in found.values() for each in parts.values())
     return LowRank(rank, round(factor * rank, 12), dropout, targets, saved, magnitudes=magnitudes)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
 from megatron.adapter_config import (
     ALIASES,
     ALL,
+    GATE,
+    IN_PROJ,
+    OUT_PROJ,
     SAVED,
     TARGETS,
     enabled,
@@ -19,7 +22,14 @@ from megatron.adapter_config import (
     targets,
 )
 from megatron.errors import ConfigError
-from megatron.registry import nearest_name
+from megatron.registry import (
+    REPLACING,
+    WITH_IN_PROJ,
+    WITH_OUT_PROJ,
+    WITHOUT_ATTENTION,
+    WITHOUT_MLP,
+    nearest_name,
+)
 
 Block = Mapping[str, Any]
 SWITCHES = ("rslora", "dora")
@@ -27,10 +37,13 @@ NAMES = ("enabled", "rank", "alpha", "dropout", "targets", "modules_to_save", *S
 """What a `lora` block may have."""
 
 
-def derive_lora(block: Block | None, *, gated: bool = False) -> dict[str, Any] | None:
+def derive_lora(block: Block | None, *, gated: bool = False, kinds: Collection[str] = ()) -> dict[str, Any] | None:
     """Returns the block with its defaults; None where it is disabled. Raises ConfigError where it is invalid.
 
-    gated: whether the model has output gates of attention, which `all` targets too then.
+    Args:
+        block: as given.
+        gated: whether the model has output gates of attention, which `all` targets too then.
+        kinds: of the blocks; `all` targets the matrices that they have.
     """
     error = _lora_error(block)
     if error is not None:
@@ -39,8 +52,21 @@ def derive_lora(block: Block | None, *, gated: bool = False) -> dict[str, Any] |
     requested = low_rank(block)
     if requested is None or block is None:
         return None
-    every = gated and takes_all(block)
-    return (replace(requested, targets=tuple(TARGETS)) if every else requested).block()
+    if not takes_all(block):
+        return requested.block()
+    found = set(kinds)
+    attends, fed = not found or found - WITHOUT_ATTENTION, not found or found - WITHOUT_MLP
+    has = {
+        "query_key_value": attends,
+        GATE: gated,
+        "dense": attends or found & REPLACING,
+        "dense_h_to_4h": fed,
+        "dense_4h_to_h": fed,
+        IN_PROJ: found & WITH_IN_PROJ,
+        OUT_PROJ: found & WITH_OUT_PROJ,
+    }
+    named = tuple(name for name in TARGETS if has[name])
+    return replace(requested, targets=named or requested.targets).block()
 
 
 def derive_soft_prompt(block: Block | None) -> dict[str, Any] | None:
@@ -86,7 +112,8 @@ def _targets_error(block: Block) -> str | None:
     unknown = [name for name in targets(block) if name not in TARGETS]
     if not unknown:
         return None
-    close = nearest_name(unknown[0], [*TARGETS, *ALIASES, ALL])
+    joint = unknown[0].endswith("_proj")  # one of the matrices that transformers keeps apart
+    close = None if joint else nearest_name(unknown[0], [*TARGETS, *ALIASES, ALL])
     choices = f"{', '.join(TARGETS)} (queries, keys and values are one matrix) and {ALL}"
     return f"there is no matrix {unknown[0]}; " + (f"did you mean {close}?" if close else f"the targets are {choices}")
 

@@ -184,7 +184,8 @@ def _retrieval(draft: ConfigDraft) -> None:
 
 
 def _adapters(draft: ConfigDraft) -> None:
-    of_model = partial(derive_lora, gated=bool(draft["attention_output_gate"]))
+    kinds = {str(kind) for kind in draft["attention_config"] or ()}
+    of_model = partial(derive_lora, gated=bool(draft["attention_output_gate"]), kinds=kinds)
     for name, derive in (("lora", of_model), ("soft_prompt_tuning", derive_soft_prompt)):
         requested = draft[name] if draft.knows(name) else None
         draft.derive(name, derive(requested))

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron.adapter_config import GATE, HEAD, low_rank, soft_prompt
+from megatron.adapter_config import GATE, HEAD, IN_PROJ, OUT_PROJ, TARGETS, LowRank, low_rank, soft_prompt
 from megatron.config.config import Config
 from megatron.config.derived.curriculum import curriculum_lengths
 from megatron.errors import ConfigIssue
-from megatron.registry import REPLACING, WITHOUT_ATTENTION, WITHOUT_MLP
+from megatron.registry import REPLACING, WITH_IN_PROJ, WITH_OUT_PROJ, WITHOUT_ATTENTION, WITHOUT_MLP
+
+_WITH = {IN_PROJ: WITH_IN_PROJ, OUT_PROJ: WITH_OUT_PROJ}
+"""Target -> the kinds of blocks that have it."""
 
 
 def one_thing_is_trained(config: Config) -> Iterator[ConfigIssue]:
@@ -46,19 +49,23 @@ def adapters_have_matrices(config: Config) -> Iterator[ConfigIssue]:
     listed = list(enumerate(map(str, model.attention_config or ())))
     attends = any(kind not in WITHOUT_ATTENTION for _, kind in listed)
     fed = [number for number, kind in listed if kind not in WITHOUT_MLP]
-    if not attends and not fed:
+    yield from _mixers_have_matrices(requested, {kind for _, kind in listed})
+    if set(requested.targets) <= {IN_PROJ, OUT_PROJ}:
+        return
+    if not attends and not fed and not any(kind in WITH_IN_PROJ for _, kind in listed):
         kinds = ", ".join(sorted({kind for _, kind in listed}))
         message = f"no block has attention, and blocks of kind {kinds} take no low-rank updates"
         yield ConfigIssue(message, key="lora", hint="train the whole model, or a soft prompt")
         return
-    of_mlps = [module.startswith("mlp.") for module in requested.modules()]
-    lost = [name for name, of_mlp in zip(requested.targets, of_mlps, strict=True) if of_mlp]
-    others = [name for name, of_mlp in zip(requested.targets, of_mlps, strict=True) if not of_mlp]
+    lost = [name for name in requested.targets if TARGETS[name][0].startswith("mlp.")]
+    others = [name for name in requested.targets if name not in (*lost, IN_PROJ, OUT_PROJ)]
     if any(kind in REPLACING for _, kind in listed):
         others = [name for name in others if name != "dense"]
     if not attends and others:
         what = f"no block has attention, so no block has a {others[0]}"
-        yield ConfigIssue(what, key="lora", hint="write targets: [dense_h_to_4h, dense_4h_to_h]")
+        projections = [name for name in (IN_PROJ, OUT_PROJ) if {kind for _, kind in listed} & _WITH[name]]
+        named = [*(["dense_h_to_4h", "dense_4h_to_h"] if fed else []), *projections]
+        yield ConfigIssue(what, key="lora", hint=f"write targets: [{', '.join(named)}]")
     if not fed and lost:
         what = f"no block has an MLP, so no block has a {lost[0]}"
         yield ConfigIssue(what, key="lora", hint="write targets: [query_key_value, dense]")
@@ -69,6 +76,13 @@ def adapters_have_matrices(config: Config) -> Iterator[ConfigIssue]:
             key="lora",
             hint="write targets: [query_key_value, dense]",
         )
+
+
+def _mixers_have_matrices(requested: LowRank, kinds: set[str]) -> Iterator[ConfigIssue]:
+    for name, having in _WITH.items():
+        if name in requested.targets and not kinds & having:
+            what = f"no block has an {name}, which blocks of kind {', '.join(sorted(having))} have"
+            yield ConfigIssue(what, key="lora", hint="leave that target out")
 
 
 def saved_modules_exist(config: Config) -> Iterator[ConfigIssue]:

@@ -57,6 +57,7 @@ class GatedDeltaNet(nn.Module):
             bias=False,
             sections=sizes.projected,
             kernel=spec.kernels.linear,
+            lora=spec.lora_specs.get("in_proj"),
         )
         self.conv1d = ShortConvolution(
             sum(sizes.mixed), sizes.convolution, source.of("conv1d"), bias=False, sections=sizes.mixed

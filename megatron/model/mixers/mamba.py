@@ -74,12 +74,19 @@ class MambaMixer(nn.Module):
             bias=bias,
             sections=(inner, inner),
             kernel=kernel,
+            lora=spec.lora_specs.get("in_proj"),
         )
         self.conv1d = ShortConvolution(inner, dims.mamba_convolution, source.of("conv1d"), bias=dims.mamba_conv_bias)
         self.x_proj = _AllReducedLinear(inner, dims.mamba_rank + 2 * dims.mamba_state, source.of("x_proj"), spec, bias)
         self.dt_proj = _StepLinear(dims, source.of("dt_proj"))
         self.out_proj = RowParallelLinear(
-            inner, hidden, source.of("out_proj"), init_fn=spec.output_init_fn, bias=bias, kernel=kernel
+            inner,
+            hidden,
+            source.of("out_proj"),
+            init_fn=spec.output_init_fn,
+            bias=bias,
+            kernel=kernel,
+            lora=spec.lora_specs.get("out_proj"),
         )
 
     def forward(self, x: Tensor, cache: KVCache | None, document_starts: Tensor | None) -> Tensor:

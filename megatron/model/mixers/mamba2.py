@@ -70,6 +70,7 @@ class Mamba2Mixer(nn.Module):
             bias=bias,
             sections=sections,
             kernel=kernel,
+            lora=spec.lora_specs.get("in_proj"),
         )
         self.conv1d = ShortConvolution(
             sum(sizes.mixed),
@@ -80,7 +81,13 @@ class Mamba2Mixer(nn.Module):
         )
         self.norm = GatedNorm(sizes, source.of("norm"))
         self.out_proj = RowParallelLinear(
-            sizes.inner, hidden, source.of("out_proj"), init_fn=spec.output_init_fn, bias=bias, kernel=kernel
+            sizes.inner,
+            hidden,
+            source.of("out_proj"),
+            init_fn=spec.output_init_fn,
+            bias=bias,
+            kernel=kernel,
+            lora=spec.lora_specs.get("out_proj"),
         )
         self.widths = sizes.inner // ranks, sum(sizes.mixed) // ranks, sizes.heads // ranks
         self.mixed = tuple(width // ranks for width in sizes.mixed)

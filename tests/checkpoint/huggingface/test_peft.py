@@ -39,6 +39,8 @@ UPDATES = {"lora": {"rank": 4, "alpha": 12, "targets": "all"}}
 ROWS = {"lora": {"rank": 4, "alpha": 6, "rslora": True, "targets": ["dense", "dense_4h_to_h"]}}
 NORMS = {"lora": {"rank": 4, "alpha": 6, "targets": "all", "dora": True}}
 BOTH_NORMS = {"lora": {**NORMS["lora"], "rslora": True, "targets": ["dense", "dense_4h_to_h"]}}
+WITHOUT_OUTPUTS = {"lora": {"rank": 4, "targets": ["query_key_value", "dense", "in_proj", "dense_4h_to_h"]}}
+INPUTS = {"lora": {"rank": 4, "alpha": 12, "targets": ["in_proj"]}}
 BOTH = {"lora": {**UPDATES["lora"], "modules_to_save": ["embedding", "head"]}}
 NEW, PADDING = 2, 6
 PROMPT = {"soft_prompt_tuning": {"num_tokens": 5, "init_range": 0.2}}
@@ -180,14 +182,16 @@ ALONE: dict[str, tuple[str, dict[str, Any]]] = {
     "neox, norms": ("neox", NORMS),
     "gpt2, norms": ("gpt2", NORMS),
     "llama, norms": ("llama, grouped, biases", BOTH_NORMS),
+    "mamba, updates": ("mamba", INPUTS),
+    "mamba2, norms": ("mamba2", {"lora": {**INPUTS["lora"], "dora": True}}),
     "neox, updates and both": ("neox", BOTH),
     "gpt2, updates and the one matrix of both": ("gpt2", BOTH),
     "neox, prompt": ("neox", PROMPT),
     "gpt2, prompt": ("gpt2", PROMPT),
 }
 EXPORTS = ["neox, one residual, tied", "llama, as many kv heads", "llama, grouped, biases", "mistral", "qwen3"]
-EXPORTS += ["mpt", "gpt2", "opt", "qwen2", "gemma3", "cohere2", "nemotron_h, dense, biases"]
-SAVED = [*EXPORTS, "neox", "llama, wide heads, tied", "gpt2, untied, exact gelu", "opt, untied, no biases"]
+EXPORTS += ["mpt", "gpt2", "opt", "qwen2", "gemma3", "cohere2", "nemotron_h, dense, biases", "mamba", "mamba2"]
+SAVED = [*EXPORTS[:-3], "neox", "llama, wide heads, tied", "gpt2, untied, exact gelu", "opt, untied, no biases"]
 
 
 @pytest.fixture(scope="module")
@@ -195,6 +199,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Case, Fou
     folder = tmp_path_factory.mktemp("alone")
     attention = {"lora": {"rank": 4, "targets": ["query_key_value", "dense"]}}
     cases = {**ALONE, **{name: (name, attention) for name in ("mixtral", "qwen3_next")}}
+    cases["mamba2, merged"] = ("mamba2", UPDATES)
     return train([Case(name, added, folder / reported) for reported, (name, added) in cases.items()], 1)
 
 
@@ -203,7 +208,8 @@ def cut(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Case, Found
     """Trained on two tensor-parallel ranks, every other one with norms of rows."""
     folder = tmp_path_factory.mktemp("cut")
     added = [NORMS if number % 2 else UPDATES for number in range(len(EXPORTS))]
-    cases = [Case(name, one, folder / name) for name, one in zip(EXPORTS, added, strict=True)]
+    given = {"mamba": INPUTS, "mamba2": INPUTS, "nemotron_h, dense, biases": WITHOUT_OUTPUTS}
+    cases = [Case(name, given.get(name, one), folder / name) for name, one in zip(EXPORTS, added, strict=True)]
     return train(cases, 2, model_parallel_size=2)
 
 
@@ -280,6 +286,20 @@ def test_mixtral_takes_updates_of_its_attention(alone: dict[str, tuple[Case, Fou
     with torch.no_grad():
         said = with_adapter(case, STEPS)(input_ids=tokens()).logits
     torch.testing.assert_close(said, logits, rtol=1e-5, atol=1e-5)
+
+
+def test_outputs_of_mixers_are_updated_by_a_merge(alone: dict[str, tuple[Case, Found]], tmp_path: Path) -> None:
+    """Peft refuses an update of out_proj in these models."""
+    case, (_, _, logits) = alone["mamba2, merged"]
+    stored = open_model(case.folder / "ours")
+    with pytest.raises(ConfigError, match="peft loads no update of out_proj in a model of the family mamba2"):
+        export_adapter(stored, tmp_path / "adapter")
+    export(stored, tmp_path / "whole")
+    with torch.no_grad():
+        said = AutoModelForCausalLM.from_pretrained(tmp_path / "whole").eval()(tokens()).logits
+        before = make(case.name)(tokens()).logits
+    torch.testing.assert_close(logits, said, rtol=1e-5, atol=1e-5)
+    assert (before - logits).abs().max() > 0.05, "the updates matter"
 
 
 def test_queries_beside_gates_are_updated_by_a_merge(alone: dict[str, tuple[Case, Found]], tmp_path: Path) -> None:
