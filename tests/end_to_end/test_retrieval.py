@@ -25,6 +25,7 @@ SIZES |= {"tokenizer_type": "BertWordPieceLowerCase", "retrieval_projection_size
 LAYOUTS: dict[str, dict[str, Any]] = {
     "data": {},
     "ZeRO 1": {"zero_optimization": {"stage": 1}},
+    "ZeRO 2": {"zero_optimization": {"stage": 2}},
     "ZeRO 3": {"zero_optimization": {"stage": 3}},
 }
 
