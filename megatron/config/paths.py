@@ -32,6 +32,13 @@ PATH_KEYS = frozenset(
         "eval_include_path",
         "eval_text",
         "eval_cloze",
+        "evidence_data_path",
+        "embedding_path",
+        "qa_data",
+        "titles_data_path",
+        "task_train_data",
+        "task_valid_data",
+        "pretrained_checkpoint",
     }
 )
 _VARIABLE = re.compile(r"\$(?:\w|\{)")

@@ -43,6 +43,7 @@ FLOORS = {
     "engine": 6,
     "inference": 7,
     "evaluation": 8,
+    "retrieval": 8,
     "serving": 8,
     "training": 9,
 }

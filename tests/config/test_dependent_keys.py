@@ -22,6 +22,7 @@ RESUMED = {"load": "x"}
 INFINITE = {"lr_decay_style": "infinite_cosine", "infinite_constant_lr": 5e-4, "min_lr": 1e-5}
 ICT = {"train_impl": "ict", "data_path": "d", "no_weight_tying": False, "pos_emb": "learned"}
 DPR = {"train_impl": "dpr", "task_train_data": ["x.json"], "no_weight_tying": False, "pos_emb": "learned"}
+FILES = {"evidence_data_path": __file__, "embedding_path": "x", "qa_data": [__file__]}
 TASK = {"train_impl": "classification", "task_train_data": ["x.jsonl"], "task_labels": ["a", "b"]}
 TASK |= {"no_weight_tying": False, "pos_emb": "learned"}
 SAVED = {"save": "x", "extra_save_iters": [1]}
@@ -233,6 +234,9 @@ WHERE_IT_MATTERS: dict[str, tuple[Any, dict[str, Any] | None]] = {
     "titles_data_path": ("t", ICT),
     "query_in_block_prob": (0.2, ICT),
     "use_one_sent_docs": (True, ICT),
+    **{key: (value, None) for key, value in (("evidence_data_path", "x.tsv"), ("qa_data", ["x.tsv"]))},
+    "embedding_path": ("y", {**DPR, **FILES, "user_script": "search_passages.py"}),
+    "retrieval_match": ("regex", {**DPR, **FILES, "user_script": "search_passages.py"}),
     "retrieval_hard_negatives": (2, DPR),
     "retrieval_other_negatives": (2, DPR),
     "retrieval_valid_hard_negatives": (2, DPR),

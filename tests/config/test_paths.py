@@ -12,7 +12,9 @@ from megatron.config import FIELDS
 from megatron.config.paths import PATH_KEYS
 from tests.config.small import errors, resolved
 
-NAMES = re.compile(r"(^|_)(save|load|path|paths|file|dir|text|cloze)$|hostfile")
+NAMES = re.compile(r"(^|_)(save|load|path|paths|file|dir|text|cloze|data|pretrained_checkpoint)$|hostfile")
+LISTS = ("_data_paths", "_data")
+"""Ends of the names of keys with several paths."""
 NO_PATHS = {"s3_path"}  # an address
 
 
@@ -22,15 +24,15 @@ def test_every_key_that_names_files_is_known() -> None:
     assert named - NO_PATHS == PATH_KEYS
 
 
-@pytest.mark.parametrize("key", sorted(PATH_KEYS - {"hostfile", "base_shapes_file"}))
+@pytest.mark.parametrize("key", sorted(PATH_KEYS - {"hostfile", "base_shapes_file", "pretrained_checkpoint"}))
 def test_the_home_folder_is_written_out(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/users/me")
-    given = ["~/a", "b~/c"] if key.endswith("_data_paths") else "~/a"
+    given = ["~/a", "b~/c"] if key.endswith(LISTS) else "~/a"
     sets = [f"{split}_data_paths" for split in ("train", "valid", "test")] if key.endswith("_data_paths") else []
     changes: dict[str, Any] = {name: ["x", "y"] for name in sets}
     changes |= {"checkpoint_factor": 10, "tokenizer_type": "HFTokenizer", key: given}
     value = resolved(**changes).config.flat()[key]
-    assert value == (("/users/me/a", "b~/c") if key.endswith("_data_paths") else "/users/me/a")
+    assert value == (("/users/me/a", "b~/c") if key.endswith(LISTS) else "/users/me/a")
 
 
 @pytest.mark.parametrize("value", ["$HOME/x", "a/${RUN}/b"])

@@ -29,6 +29,10 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({**DPR, "retrieval_hard_negatives": -1}, "it cannot be negative"),
     ({**DPR, "data_path": "d"}, "a task is not read from token files"),
     ({**DPR, "rampup_batch_size": [1, 1, 8]}, "epochs of a task are counted in steps of one size"),
+    ({**DPR, "user_script": "tools/embed_passages.py"}, "embed_passages.py needs it"),
+    ({**DPR, "user_script": "search_passages.py", "embedding_path": "e"}, "search_passages.py needs it"),
+    ({**DPR, "user_script": "embed_passages.py", "evidence_data_path": "none.tsv"}, "there is no such file"),
+    ({"user_script": "search_passages.py"}, "it has no encoders of queries and passages"),
     ({**DPR, "context_parallel_size": 2}, "a ring skips later tokens"),
 ]
 

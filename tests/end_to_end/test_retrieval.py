@@ -11,8 +11,13 @@ import pytest
 import torch
 
 from megatron.checkpoint.format.weight_shards import WeightFiles
+from megatron.config import Resources, resolve
 from megatron.data.indexed.writer import DatasetWriter
-from tests.end_to_end.runs import run_all, series
+from megatron.inference import runner as inference_runner
+from megatron.retrieval import embedding_file
+from megatron.retrieval.runner import embed_passages, search_passages
+from tests.end_to_end.runs import BASE, run_all, series
+from tests.multi_rank import RankFailedError, run_distributed
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = [f"w{number}" for number in range(40)]
@@ -22,6 +27,7 @@ SIZES: dict[str, Any] = {"num_layers": 2, "pos_emb": "learned", "norm": "layerno
 SIZES |= {"no_weight_tying": False, "num_kv_heads": 4, "seq_length": 24, "max_position_embeddings": 24}
 SIZES |= {"hidden_size": 32, "init_method_std": 0.1, "eval_interval": 3, "train_iters": 6, "eval_iters": 1}
 SIZES |= {"tokenizer_type": "BertWordPieceLowerCase", "retrieval_projection_size": 16, "split": "8,2,0"}
+SEARCHED: dict[str, dict[str, Any]] = {"data": {}, "tensor": {"model_parallel_size": 2}}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "data": {},
     "ZeRO 1": {"zero_optimization": {"stage": 1}},
@@ -129,3 +135,71 @@ def test_it_learns_from_an_encoder_and_goes_on_bit_by_bit(keys: dict[str, dict[s
     assert len(ranks) == 8
     assert ranks[-1] < 4.0 < ranks[0]
     assert series(found, "validation/pool_top5_accuracy")[-1] > 0.8
+
+
+def search_rank(rank: int, world_size: int, block: int, calls: list[tuple[str, dict[str, Any]]]) -> None:
+    """Embeds and searches, one call after the other. block: passages that are marked together."""
+    inference_runner.shutdown = lambda: None
+    embedding_file.BLOCK = block
+    for script, settings in calls:
+        config = resolve([], {**BASE, **settings, "user_script": script}, Resources(world_size)).config
+        (embed_passages if script == "embed_passages.py" else search_passages)(config)
+
+
+def test_a_corpus_is_embedded_and_searched(keys: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+    """On one rank and several; what is missing is embedded alone, and answers are in the first passages."""
+    model = {**keys["dpr"], "lr_decay_style": "constant", "warmup": 0.0, "save": str(tmp_path / "dpr")}
+    model |= {"optimizer": {"type": "Adam", "params": {"lr": 3.0e-3}}, "train_batch_size": 24, "train_iters": 120}
+    run_all(1, tmp_path, {"dpr": {**model, "checkpoint_factor": 120, "eval_interval": 120}})
+    generator = np.random.default_rng(3)
+    rows = [(number % TOPICS, " ".join(words(generator, number % TOPICS, 6))) for number in range(70)]
+    lines = [f"p{number}\t{text}\tt{topic}x1" for number, (topic, text) in enumerate(rows)]
+    (tmp_path / "corpus.tsv").write_text("\n".join(["id\ttext\ttitle", *lines]))
+    asked = [(topic, f"t{topic}x2 {' '.join(generator.choice(WORDS, 3))}?") for topic in range(TOPICS)]
+    answers = [[f"t{topic}x{number}" for number in range(3)] for topic, _ in asked]
+    lines = [f"{text}\t{answer}" for (_, text), answer in zip(asked, answers, strict=True)]
+    (tmp_path / "questions.tsv").write_text("\n".join(lines))
+    common = {**keys["dpr"], "load": str(tmp_path / "dpr"), "evidence_data_path": str(tmp_path / "corpus.tsv")}
+    common |= {"qa_data": [str(tmp_path / "questions.tsv")], "retrieval_report_topk_accuracies": [1, 5, 20]}
+
+    def calls(name: str, **layout: Any) -> list[tuple[str, dict[str, Any]]]:
+        settings = {
+            **common,
+            **layout,
+            "embedding_path": str(tmp_path / name),
+            "log_dir": str(tmp_path / f"logs {name}"),
+        }
+        return [("embed_passages.py", settings), ("search_passages.py", settings)]
+
+    run_distributed(search_rank, 1, 1024, calls("one", eval_batch_size=7))
+    vectors = np.load(tmp_path / "one" / "vectors.npy")
+    record = json.loads((tmp_path / "logs one" / "retrieval.json").read_text())[str(tmp_path / "questions.tsv")]
+    found = [json.loads(line) for line in (tmp_path / "logs one" / "passages.jsonl").read_text().splitlines()]
+    has = [
+        [bool({*rows[int(one["id"][1:])][1].split()} & {*own["answers"]}) for one in own["passages"]] for own in found
+    ]
+    assert [[one["has_answer"] for one in own["passages"]] for own in found] == has
+    assert record == {
+        "questions": TOPICS,
+        **{f"top{top}_recall": pytest.approx(np.mean([any(own[:top]) for own in has])) for top in (1, 5, 20)},
+    }
+    assert record["top5_recall"] > 0.9
+
+    twice = [call for name, layout in SEARCHED.items() for call in calls(name, **layout)]
+    run_distributed(search_rank, 2, 16, twice)
+    for name in SEARCHED:
+        np.testing.assert_allclose(np.load(tmp_path / name / "vectors.npy"), vectors, atol=1e-5)
+        assert (tmp_path / f"logs {name}" / "passages.jsonl").exists()
+        other = json.loads((tmp_path / f"logs {name}" / "retrieval.json").read_text())
+        assert other[str(tmp_path / "questions.tsv")] == record
+
+    done, stored = (np.load(tmp_path / "data" / name, mmap_mode="r+") for name in ("done.npy", "vectors.npy"))
+    before = stored.copy()
+    done[2], stored[32:48], stored[0] = 0, 7.0, 9.0  # the second is missing, the first is not looked at
+    done.flush(), stored.flush()
+    with pytest.raises(RankFailedError, match="1 blocks of its passages have no embeddings"):
+        run_distributed(search_rank, 1, 16, calls("data")[1:])
+    run_distributed(search_rank, 1, 16, calls("data")[:1])
+    again = np.load(tmp_path / "data" / "vectors.npy")
+    np.testing.assert_allclose(again[1:], before[1:], atol=1e-5)
+    assert (again[0] == 9.0).all()

@@ -31,7 +31,7 @@ from megatron.config.derived.precision import (
     derive_precision,
     fp16_block,
 )
-from megatron.config.derived.retrieval import DPR, ICT, require_dpr_format
+from megatron.config.derived.retrieval import DPR, ICT, RETRIEVAL_SCRIPTS, require_dpr_format
 from megatron.config.derived.task import CLASSES, TASK_KEYS, derive_task
 from megatron.config.derived.zero import derive_zero
 from megatron.config.validation.unknown_values import UnresolvedValue
@@ -48,6 +48,7 @@ INFERENCE_SCRIPTS = frozenset(
         "run_text_generation_server.py",
         "bits_per_byte.py",
         "perplexity.py",
+        *RETRIEVAL_SCRIPTS,
     }
 )
 

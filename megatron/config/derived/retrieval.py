@@ -12,6 +12,9 @@ DPR = "dpr"
 """The objective whose samples are questions and passages."""
 RETRIEVAL = (ICT, DPR)
 """The objectives of encoders of queries and passages."""
+EMBED, SEARCH = "embed_passages.py", "search_passages.py"
+RETRIEVAL_SCRIPTS = (EMBED, SEARCH)
+"""What is run with a trained model of such an objective."""
 
 
 def require_dpr_format(form: str | None) -> str:

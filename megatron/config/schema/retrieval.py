@@ -1,7 +1,7 @@
 """Encoders of queries and passages: their samples and scores (train_impl: ict or dpr)."""
 
 from megatron.config.field import Section, key
-from megatron.config.types import Integers
+from megatron.config.types import Integers, Strings
 
 
 class RetrievalSection(Section):
@@ -33,4 +33,17 @@ class RetrievalSection(Section):
     )
     retrieval_valid_other_negatives: int = key(
         30, "Most passages of a question's negative_ctxs that an evaluation ranks.", unit="passages"
+    )
+    evidence_data_path: str | None = key(
+        None,
+        "Passages that tools/embed_passages.py embeds and tools/search_passages.py reads: a tsv of id, text, title.",
+    )
+    embedding_path: str | None = key(None, "Folder of the embeddings of evidence_data_path.")
+    qa_data: Strings | None = key(
+        None, "Files of questions and answers whose passages tools/search_passages.py finds: tsv or JSON lines."
+    )
+    retrieval_match: str = key(
+        "string",
+        "How an answer is found in a passage: its words one after the other, or as a regular expression.",
+        choices=("string", "regex"),
     )

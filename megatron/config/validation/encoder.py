@@ -9,6 +9,7 @@ from typing import Any
 from megatron.config.config import Config
 from megatron.config.derived.encoder import CONVERSION, ENCODERS, MASKED
 from megatron.config.derived.fill import trains
+from megatron.config.derived.retrieval import RETRIEVAL_SCRIPTS
 from megatron.errors import ConfigIssue
 from megatron.registry import BIDIRECTIONAL, LINEAR_HEAD, POSITIONS
 
@@ -48,7 +49,7 @@ def encoders_do_not_generate(config: Config) -> Iterator[ConfigIssue]:
         return
     what = "a bidirectional model predicts masked tokens and does not continue a text"
     script = config.launch.user_script
-    if not trains(script) and Path(str(script)).name != CONVERSION:
+    if not trains(script) and Path(str(script)).name not in (CONVERSION, *RETRIEVAL_SCRIPTS):
         hint = "load a causal model; of an encoder training reports the loss on validation data"
         yield ConfigIssue(what, key="train_impl", value=config.training.train_impl, hint=hint)
     elif config.evaluation.eval_tasks:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from megatron.config.config import Config
-from megatron.config.derived.retrieval import DPR, ICT, RETRIEVAL
+from megatron.config.derived.retrieval import DPR, EMBED, ICT, RETRIEVAL, RETRIEVAL_SCRIPTS, SEARCH
 from megatron.config.validation.dependent_model_keys import DependentKeys
 from megatron.errors import ConfigIssue
 
@@ -68,6 +69,28 @@ def blocks_have_their_titles(config: Config) -> Iterator[ConfigIssue]:
                 yield ConfigIssue(what, key=name, value=list(getattr(data, name)), hint="leave it out")
 
 
+def searches_have_their_files(config: Config) -> Iterator[ConfigIssue]:
+    """Embedding and searching a corpus need an encoder, the corpus, a folder and, to search it, questions."""
+    script, section = _script(config), config.retrieval
+    if script not in RETRIEVAL_SCRIPTS:
+        return
+    if config.training.train_impl not in RETRIEVAL:
+        hint = f"load a model of train_impl: {ICT} or {DPR}, and give that key"
+        what = "it has no encoders of queries and passages"
+        yield ConfigIssue(what, key="train_impl", value=config.training.train_impl, hint=hint)
+    for key in ("evidence_data_path", "embedding_path", *(["qa_data"] if script == SEARCH else [])):
+        if not getattr(section, key):
+            yield ConfigIssue(f"{script} needs it", key=key, value=None)
+    named = [section.evidence_data_path, *((section.qa_data or ()) if script == SEARCH else ())]
+    for key, path in zip(("evidence_data_path", *["qa_data"] * len(named)), named, strict=False):
+        if path is not None and not Path(path).is_file():
+            yield ConfigIssue("there is no such file", key=key, value=path)
+
+
+def _script(config: Config) -> str:
+    return Path(str(config.launch.user_script)).name
+
+
 OF_RETRIEVAL: tuple[DependentKeys, ...] = (
     DependentKeys(
         (
@@ -86,6 +109,14 @@ OF_RETRIEVAL: tuple[DependentKeys, ...] = (
         tuple(f"retrieval_{name}" for name in _NEGATIVES),
         lambda config: config.training.train_impl == DPR,
         f"train_impl is not {DPR}",
+    ),
+    DependentKeys(
+        ("evidence_data_path", "embedding_path"),
+        lambda config: _script(config) in RETRIEVAL_SCRIPTS,
+        f"only tools/{EMBED} and tools/{SEARCH} read it",
+    ),
+    DependentKeys(
+        ("qa_data", "retrieval_match"), lambda config: _script(config) == SEARCH, f"only tools/{SEARCH} reads it"
     ),
     DependentKeys(
         ("pack_impl", "eod_mask_loss", "allow_chopped"),

@@ -142,6 +142,7 @@ RULES: tuple[Rule, ...] = (
     retrieval.encoders_are_one_stage,
     retrieval.numbers_of_samples_make_sense,
     retrieval.blocks_have_their_titles,
+    retrieval.searches_have_their_files,
     encoder_decoder.stacks_belong_to_spans,
     encoder_decoder.encoder_decoders_have_their_parts,
     encoder_decoder.encoder_decoders_generate_or_train,

@@ -1,0 +1,1 @@
+"""Embedding a corpus with trained encoders, and searching it for passages that answer questions."""

@@ -1,0 +1,56 @@
+"""Exact search: the passages with the largest products, over blocks of a corpus.
+
+Shapes: q questions, n passages, d width of an embedding, k results.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron.distributed.mesh import Axis
+from megatron.distributed.process_group import all_gather_list
+
+ROWS = 65_536
+"""Passages that are compared at once."""
+QUESTIONS = 1024
+"""Questions that are compared at once."""
+
+
+def nearest(questions: Tensor, vectors: np.ndarray, count: int, axis: Axis) -> tuple[Tensor, Tensor]:
+    """Returns scores and numbers of the best passages, the best first: [q, k] and [q, k]. Collective over the axis.
+
+    Of two results with the same score the first one of the corpus comes first.
+
+    Args:
+        questions: embeddings in fp32 [q, d].
+        vectors: embeddings of the corpus [n, d].
+        count: k; at most n are found.
+        axis: ranks that share the corpus out.
+    """
+    count = min(count, len(vectors))
+    first, last = (len(vectors) * rank // axis.size for rank in (axis.rank, axis.rank + 1))
+    own = _nearest(questions, vectors[first:last], count, first)
+    scores, numbers = zip(*all_gather_list(own, axis.group), strict=True) if axis.size > 1 else ((own[0],), (own[1],))
+    return _best(torch.cat(scores, 1), torch.cat(numbers, 1), count)
+
+
+def _nearest(questions: Tensor, vectors: np.ndarray, count: int, first: int) -> tuple[Tensor, Tensor]:
+    """The best of a share of the corpus, whose first passage has the number `first`."""
+    scores, numbers = questions.new_empty(len(questions), 0), questions.new_empty(len(questions), 0).long()
+    for start in range(0, len(vectors), ROWS):
+        block = torch.from_numpy(np.asarray(vectors[start : start + ROWS], np.float32)).to(questions.device)
+        parts = [(part @ block.t()).topk(min(count, len(block))) for part in questions.split(QUESTIONS)]
+        scores = torch.cat([scores, torch.cat([part.values for part in parts])], 1)
+        numbers = torch.cat([numbers, torch.cat([part.indices for part in parts]) + first + start], 1)
+        scores, numbers = _best(scores, numbers, count)
+    return scores.cpu(), numbers.cpu()
+
+
+def _best(scores: Tensor, numbers: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Of candidates [q, c] the best ones, the best first; of those with the same score the first number."""
+    order = numbers.argsort(1)
+    scores, numbers = scores.gather(1, order), numbers.gather(1, order)
+    order = scores.argsort(dim=1, descending=True, stable=True)[:, :count]
+    return scores.gather(1, order), numbers.gather(1, order)
