@@ -164,6 +164,21 @@ def test_the_first_bert_s_names_and_a_pretrained_folder_are_read(tmp_path: Path)
     missing = {f"{shape.layer}.{shape.name}" for shape in checkpoint.table} - found.keys()
     assert missing == {"6.classifier.weight", "6.classifier.bias"}
 
+    keys = {**given, "train_impl": "ict", "data_path": "x", "retrieval_projection_size": 8}
+    keys = {name: value for name, value in keys.items() if name not in ("task_labels", "lm_head")}
+    both = resolve([], {**keys, "user_script": "convert_from_hf.py"}, Resources(1)).config
+    checkpoint = find_checkpoint(both, tensors(ModelDims.of(both.model), VOCABULARY))
+    assert checkpoint is not None
+    pair = read_weights(checkpoint, Topology.single(), checkpoint.table)
+    encoder = {name for name in found if not name.startswith("6.")}
+    for name in encoder:
+        layer, _, rest = name.partition(".")
+        assert torch.equal(pair[name], found[name]) and torch.equal(pair[f"{int(layer) + 7}.{rest}"], found[name])
+    missing = {f"{shape.layer}.{shape.name}" for shape in checkpoint.table} - pair.keys()
+    assert missing == {f"{layer}.projection.{kind}" for layer in (6, 13) for kind in ("weight", "bias")}
+    assert len(pair) == 2 * len(encoder)
+    assert torch.equal(pair["9.attention_output_layernorm.weight"], norm)  # the first block of the second encoder
+
 
 @pytest.mark.parametrize("labels", [{"1": "a", "2": "b"}, ["a", "b"], {"0": "a", "1": "a"}, {"0": "a"}])
 def test_names_of_classes_that_are_none_are_refused(labels: Any, tmp_path: Path) -> None:
