@@ -78,7 +78,7 @@ def embed_passages(config: Config) -> None:
 def search_passages(config: Config) -> None:
     """Prints how often an answer of a question is in the first passages, and writes them. Collective over all ranks.
 
-    `<log_dir>/passages.jsonl` has the passages of each question, `<log_dir>/retrieval.json` the shares. Raises
+    `passages.jsonl` in the run directory has the passages of each question, `retrieval.json` the shares. Raises
     ConfigError where embeddings are of another corpus, tokenizer or model, or not complete.
     """
     config = config.for_inference()

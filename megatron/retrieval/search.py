@@ -40,7 +40,7 @@ def _nearest(questions: Tensor, vectors: np.ndarray, count: int, first: int) -> 
     """The best of a share of the corpus, whose first passage has the number `first`."""
     scores, numbers = questions.new_empty(len(questions), 0), questions.new_empty(len(questions), 0).long()
     for start in range(0, len(vectors), ROWS):
-        block = torch.from_numpy(np.asarray(vectors[start : start + ROWS], np.float32)).to(questions.device)
+        block = torch.from_numpy(np.array(vectors[start : start + ROWS], np.float32)).to(questions.device)
         parts = [(part @ block.t()).topk(min(count, len(block))) for part in questions.split(QUESTIONS)]
         scores = torch.cat([scores, torch.cat([part.values for part in parts])], 1)
         numbers = torch.cat([numbers, torch.cat([part.indices for part in parts]) + first + start], 1)
