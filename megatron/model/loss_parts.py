@@ -45,7 +45,7 @@ class LossParts:
         zero = torch.zeros((), device=device)
         totals = torch.stack(
             [self._sums.get(name, zero) for name in self._names]
-            + [torch.as_tensor(self._counts[name], dtype=torch.float32, device=device) for name in self._names]
+            + [_on_device(self._counts[name], device) for name in self._names]
         )
         for axis in (topology.dp_cp, topology.pipe):
             if axis.size > 1:
@@ -53,3 +53,8 @@ class LossParts:
         self._sums, self._counts = {}, dict.fromkeys(self._names, 0)
         sums, counts = totals.chunk(2)
         return dict(zip(self._names, (sums / counts.clamp(min=1)).unbind(), strict=True))
+
+
+def _on_device(count: Tensor | int, device: torch.device) -> Tensor:
+    """Returns a count in fp32; a number is filled in there, since a copy from the host would wait for the device."""
+    return count.float() if isinstance(count, Tensor) else torch.full((), float(count), device=device)
