@@ -12,30 +12,10 @@ Source: Megatron-LM and Megatron-Core compute the same values.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from megatron.data.dataset import numba_loops
-from megatron.data.dataset.sentence_map import COMPILED_FROM, LONG_SENTENCE, shuffled
-
-
-@dataclass(frozen=True)
-class BlockMap:
-    """The rows of the module's docstring, and the number of passes over the documents."""
-
-    rows: np.ndarray
-    """First sentence, end, document and number of each block."""
-    passes: np.ndarray
-    """Passes over the documents, int64 [1]."""
-
-    @property
-    def epochs(self) -> int:
-        """Passes over the documents."""
-        return int(self.passes[0])
-
-    def __len__(self) -> int:
-        return len(self.rows)
+from megatron.data.dataset.sentence_map import COMPILED_FROM, SentenceMap, shuffled, with_long_sentences
 
 
 def usable_documents(bounds: np.ndarray, sizes: np.ndarray, least: int) -> np.ndarray:
@@ -46,8 +26,7 @@ def usable_documents(bounds: np.ndarray, sizes: np.ndarray, least: int) -> np.nd
         sizes: Length of each sentence of the data set [tokens].
         least: Sentences that a block needs.
     """
-    ends = np.concatenate([[0], np.cumsum(sizes[bounds[0] : bounds[-1]] > LONG_SENTENCE)])
-    return (np.diff(bounds) >= max(least, 1)) & ~(np.diff(ends[bounds - bounds[0]]) > 0)
+    return (np.diff(bounds) >= max(least, 1)) & ~with_long_sentences(bounds, sizes)
 
 
 def one_pass(bounds: np.ndarray, sizes: np.ndarray, targets: np.ndarray, least: int) -> np.ndarray:
@@ -82,7 +61,7 @@ def build_block_map(
     seed: int,
     samples: int | None,
     epochs: int = 1,
-) -> BlockMap:
+) -> SentenceMap:
     """Returns the map of some of a data set's documents, of which at least one must be usable.
 
     Args:
@@ -97,4 +76,4 @@ def build_block_map(
     rows = one_pass(bounds, sizes, targets, least)
     passes = epochs if samples is None else -(-samples // len(rows))
     joined = np.tile(rows, (passes, 1))
-    return BlockMap(joined[shuffled(len(joined), seed + 1)], np.array([passes]))
+    return SentenceMap(joined[shuffled(len(joined), seed + 1)], np.array([passes]))

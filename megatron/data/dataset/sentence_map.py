@@ -26,10 +26,10 @@ COMPILED_FROM = 2_000_000  # sentences, over all passes
 
 @dataclass(frozen=True)
 class SentenceMap:
-    """The rows of the module's docstring, and the number of passes over the documents."""
+    """The rows of samples or blocks, as the module that builds them says, and the passes over the documents."""
 
     rows: np.ndarray
-    """First sentence, end and target length of each sample."""
+    """First sentence and end of each row, and further columns."""
     passes: np.ndarray
     """Passes over the documents, int64 [1]."""
 
@@ -51,9 +51,16 @@ def usable_documents(bounds: np.ndarray, sizes: np.ndarray, least: int) -> np.nd
         least: Sentences that a sample needs.
     """
     counts = np.diff(bounds)
+    return (counts >= max(least, 1)) & ~(with_long_sentences(bounds, sizes) & (counts > 1))
+
+
+def with_long_sentences(bounds: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Returns whether each document has a sentence of more than 512 tokens, bool [documents].
+
+    bounds and sizes: as for `usable_documents`.
+    """
     ends = np.concatenate([[0], np.cumsum(sizes[bounds[0] : bounds[-1]] > LONG_SENTENCE)])
-    long = np.diff(ends[bounds - bounds[0]]) > 0
-    return (counts >= max(least, 1)) & ~(long & (counts > 1))
+    return np.diff(ends[bounds - bounds[0]]) > 0
 
 
 def build_sentence_map(

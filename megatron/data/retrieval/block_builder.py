@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 
 from megatron.data.dataset.batch import MicroBatch
-from megatron.data.dataset.block_map import BlockMap, build_block_map, usable_documents
+from megatron.data.dataset.block_map import build_block_map, usable_documents
 from megatron.data.dataset.data_order import token_digest
 from megatron.data.dataset.gpt_dataset import SampleExtras, Samples
 from megatron.data.dataset.index_cache import DIGEST_BYTES, MapRequest
 from megatron.data.dataset.loader import BatchLoader
 from megatron.data.dataset.sampler import BatchSampler
+from megatron.data.dataset.sentence_map import SentenceMap
 from megatron.data.dataset.sources import DataSource, Split
 from megatron.data.indexed.sentences import SentenceDataset
 from megatron.data.retrieval.blocks import FRAME, BlockSettings, SentencesAndBlocks, title_length
@@ -144,7 +145,7 @@ class BlockRequest:
         """The file of each array."""
         return {"rows": Path(f"{self.stem}_block_idx.npy"), "passes": Path(f"{self.stem}_passes_idx.npy")}
 
-    def build(self) -> BlockMap:
+    def build(self) -> SentenceMap:
         """Computes the map. ConfigError where no document can be used."""
         if not usable_documents(self._bounds, self.dataset.sentence_sizes, self.least).any():
             raise ConfigError.of(
@@ -164,7 +165,7 @@ class BlockRequest:
             epochs=self.epochs,
         )
 
-    def checked(self, arrays: Mapping[str, np.ndarray]) -> BlockMap | None:
+    def checked(self, arrays: Mapping[str, np.ndarray]) -> SentenceMap | None:
         """Returns the map of stored arrays, or None where they cannot be it."""
         rows, passes = arrays["rows"], arrays["passes"]
         if rows.ndim != 2 or rows.shape[1] != 4 or len(rows) < (self.samples or 1) or passes.shape != (1,):
@@ -173,7 +174,7 @@ class BlockRequest:
         first, last = self._bounds[0], self._bounds[-1]
         sound = (part[:, 0] >= first) & (part[:, 0] < part[:, 1]) & (part[:, 1] <= last)
         sound &= (part[:, 2] >= self.documents.start) & (part[:, 2] < self.documents.stop)
-        return BlockMap(rows, passes) if sound.all() else None
+        return SentenceMap(rows, passes) if sound.all() else None
 
     @cached_property
     def _bounds(self) -> np.ndarray:

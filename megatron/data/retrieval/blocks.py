@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron.data.dataset.block_map import BlockMap
 from megatron.data.dataset.gpt_dataset import Origin, SampleExtras, TokenSource
+from megatron.data.dataset.sentence_map import SentenceMap
 from megatron.data.indexed.sentences import SentenceDataset
 from megatron.data.retrieval.rows import framed, write_row
 from megatron.errors import RunError
@@ -51,7 +51,7 @@ class SentencesAndBlocks:
     """The samples of one data set."""
 
     def __init__(
-        self, source: TokenSource, titles: SentenceDataset | None, index: BlockMap, settings: BlockSettings
+        self, source: TokenSource, titles: SentenceDataset | None, index: SentenceMap, settings: BlockSettings
     ) -> None:
         """Takes the data.
 
