@@ -54,7 +54,7 @@ def embed_passages(config: Config) -> None:
 
     def work(engine: Engine, tokenizer: Tokenizer, topology: Topology) -> None:
         encoder = _encoder(config, engine, tokenizer, PASSAGES)
-        probe = _probe(config, engine, tokenizer)
+        probe = _probe(encoder)
         facts = _facts(config, evidence, tokenizer, width=len(probe))
         _on_main_rank(topology, lambda: _create(folder, facts, probe))
         stored = EmbeddingFile(folder, writes=True)
@@ -87,7 +87,7 @@ def search_passages(config: Config) -> None:
     files = {path: read_open_questions(Path(path)) for path in section.qa_data or ()}
 
     def work(engine: Engine, tokenizer: Tokenizer, topology: Topology) -> None:
-        probe = _probe(config, engine, tokenizer)
+        probe = _probe(_encoder(config, engine, tokenizer, PASSAGES))
         embedding_file.require_same(folder, _facts(config, evidence, tokenizer, width=len(probe)))
         _require_model(folder, probe)
         stored = EmbeddingFile(folder, writes=False)
@@ -139,9 +139,8 @@ def _encoder(config: Config, engine: Engine, tokenizer: Tokenizer, tower: int) -
     )
 
 
-def _probe(config: Config, engine: Engine, tokenizer: Tokenizer) -> list[float]:
+def _probe(encoder: TextEncoder) -> list[float]:
     """The embedding of an empty passage, which says whether a model is the same."""
-    encoder = _encoder(config, engine, tokenizer, PASSAGES)
     return [float(value) for value in encoder.embed(encoder.rows([("", "")]))[0]]
 
 
@@ -198,15 +197,8 @@ def _with_answers(
     found = []
     for question, own, values in zip(questions, numbers.tolist(), scores.tolist(), strict=True):
         has = matcher(question.answers, match)
-        found.append(
-            (
-                question,
-                [
-                    (number, score, has(evidence.passage(number)[1].text))
-                    for number, score in zip(own, values, strict=True)
-                ],
-            )
-        )
+        answers = [has(evidence.passage(number)[1].text) for number in own]
+        found.append((question, list(zip(own, values, answers, strict=True))))
     return found
 
 
