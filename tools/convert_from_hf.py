@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Converts a folder of `transformers` to a checkpoint and the YAML that describes its model.
+r"""Converts a folder of `transformers` to a checkpoint and the YAML that describes its model.
 
     python tools/convert_from_hf.py --input-dir pythia-70m --output-dir checkpoints/pythia-70m
 
@@ -7,6 +7,11 @@ Writes <output>/global_step0, <output>/latest, <output>/model.yml and <output>/t
 `./deepy.py train.py <output>/model.yml my-training.yml --load <output> --finetune true`. Runs of any layout read it;
 --target-... only set the sharding of the files. Unsupported settings and tensors are rejected. Flags may be spelt with
 dashes or underscores.
+
+The two encoders of dense retrieval are one checkpoint:
+
+    python tools/convert_from_hf.py --input-dir dpr-question_encoder --passage-dir dpr-ctx_encoder \
+        --output-dir checkpoints/dpr
 """
 
 from __future__ import annotations
@@ -26,6 +31,7 @@ if __name__ == "__main__":
 import yaml
 
 from megatron.checkpoint.format import layout
+from megatron.checkpoint.huggingface.encoder_pair import missing_keys, open_folder, open_pair
 from megatron.checkpoint.huggingface.export_model import PRECISIONS
 from megatron.checkpoint.huggingface.generation_config import (
     GENERATION,
@@ -37,12 +43,11 @@ from megatron.checkpoint.huggingface.generation_config import (
     write_generation,
 )
 from megatron.checkpoint.huggingface.import_model import TOKENIZER, adopt
-from megatron.checkpoint.huggingface.model_folder import Folder
 from megatron.checkpoint.huggingface.target_folder import refuse_other_tokenizer
 from megatron.checkpoint.huggingface.tokenizer_files import TOKENIZER_FILE, copy_tokenizer
 from megatron.errors import ConfigError, RunError
 from megatron.output_streams import escape_characters
-from megatron.tokenizers.from_folder import find_tokenizer
+from megatron.tokenizers.from_folder import find_tokenizer, require_same_tokenizer
 from megatron.tokenizers.round_trip import reading_notes
 from megatron.tokenizers.sentence_piece import SPMTokenizer
 from megatron.tokenizers.sentence_piece_json import is_unigram
@@ -70,6 +75,18 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         help="modules behind the last block that predict further tokens, to be read too (default: none)",
     )
+    result.add_argument(
+        "--passage-dir",
+        "--passage_dir",
+        type=Path,
+        help="the encoder of passages, where --input-dir is that of questions (model_type: dpr)",
+    )
+    result.add_argument(
+        "--shared-encoder",
+        "--shared_encoder",
+        action="store_true",
+        help="the encoder of --input-dir (model_type: dpr) reads queries and passages alike",
+    )
     result.add_argument("--adapter", type=Path, help="a folder of peft whose low-rank updates become lora")
     result.add_argument(
         "--precision", choices=["auto", *PRECISIONS], default="auto", help="default: the one that is stored"
@@ -85,10 +102,15 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if layout.iterations(output):
             raise RunError.of("the folder already holds checkpoints", location=str(output), hint="give a new one")
-        refuse_other_tokenizer(args.input_dir, output / TOKENIZER)
-        folder = Folder.open(args.input_dir)
-        generation = generation_of(args.input_dir, folder.config)
-        further = {**_tokenizer(args.input_dir, output / TOKENIZER, generation), **sampling(generation)}
+        folder = (
+            open_folder(args.input_dir) if args.passage_dir is None else open_pair(args.input_dir, args.passage_dir)
+        )
+        given = missing_keys(folder, shared=args.shared_encoder)
+        if folder.passages is not None:
+            require_same_tokenizer(folder.path, folder.passages.path)
+        refuse_other_tokenizer(folder.path, output / TOKENIZER)
+        generation = generation_of(folder.path, folder.config)
+        further = {**_tokenizer(folder.path, output / TOKENIZER, generation), **sampling(generation)}
         further |= {} if args.mtp_num_layers is None else {"mtp_num_layers": args.mtp_num_layers}
         made = adopt(
             folder,
@@ -96,6 +118,7 @@ def main(arguments: list[str] | None = None) -> int:
             model_size=args.target_tensor_parallel_size,
             pipe_size=args.target_pipeline_parallel_size,
             dtype=PRECISIONS.get(args.precision),
+            given=given,
             further=further,
             adapter=args.adapter,
         )

@@ -9,6 +9,8 @@ naming the key. Any layout is read; the memory needed is about one layer. Flags 
 
 LoRA adapters are merged into the weights. With --adapter-only the adapters or the soft prompt are written to a folder
 that `peft` loads on top of the frozen model, with what `modules_to_save` trained and, then, the tokenizer.
+
+A model that embeds queries and passages becomes two folders, <output>/question_encoder and <output>/context_encoder.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from tokenizers import AddedToken, processors
 from tokenizers import Tokenizer as FastTokenizer
 
 from megatron.errors import ConfigError
+from megatron.tokenizer_info import describe_tokenizer
 from megatron.tokenizers.added_tokens import ADDED, add_tokens
 from megatron.tokenizers.base import END_OF_DOCUMENT, Tokenizer
 from megatron.tokenizers.builder import make_tokenizer
@@ -62,6 +63,16 @@ def find_tokenizer(folder: Path, ends: Sequence[int] = (), *, complete: bool = F
         except ConfigError as error:
             reasons.append(str(error))
     return FoundTokenizer(reason="; ".join(reasons[:1]) or f"{folder} holds no tokenizer that is understood")
+
+
+def require_same_tokenizer(folder: Path, other: Path) -> None:
+    """Raises ConfigError where both folders have a tokenizer, and these differ."""
+    found = [find_tokenizer(path) for path in (folder, other)]
+    known = [describe_tokenizer(each.keys["tokenizer_type"], each.tokenizer) for each in found if each.tokenizer]
+    if len(known) == 2 and not known[0].agrees_with(known[1]):
+        what = f"this tokenizer is {known[1]}, and that of {folder} {known[0]}"
+        hint = "one tokenizer reads the texts of both: give models that were trained with the same one"
+        raise ConfigError.of(what, location=str(other), hint=hint)
 
 
 def lost_tokens(folder: Path, tokenizer: Tokenizer) -> str:

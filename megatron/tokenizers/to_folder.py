@@ -48,6 +48,8 @@ class Portable:
     """For tokenizer_config.json."""
     other: bool = False
     """The run reads another tokenizer.json than the folder's own, which is content."""
+    pad: int | None = None
+    """Id of padding, where the tokenizer names it."""
     lost: str = ""
     """A line about tokens beside the .model that the run reads as text, or ""."""
     info: TokenizerInfo | None = None
@@ -147,7 +149,9 @@ def _of_tokenizers(tokenizer: FromTokenizers, folder: Path | None, content: str)
     names |= {"split_special_tokens": True} if tokenizer.splits_special else {}
     begin = named.get("bos_token", names.get("bos_token") if folder is None else None)
     number = None if begin is None else tokenizer.id_of(begin)
-    return Portable(tokenizer.vocab_size, tokenizer.eod, number, folder, content, None, names)
+    padding = named.get("pad_token", names.get("pad_token"))
+    pad = None if padding is None else tokenizer.id_of(padding)
+    return Portable(tokenizer.vocab_size, tokenizer.eod, number, folder, content, None, names, pad=pad)
 
 
 def _of_sentence_piece(tokenizer: SPMTokenizer, path: Path) -> Portable:

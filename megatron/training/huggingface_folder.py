@@ -11,11 +11,12 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint.format import files
+from megatron.checkpoint.huggingface.encoder_pair import PAIR
 from megatron.checkpoint.huggingface.export_model import PLAIN, Exported, ExportOptions, export, vocabulary
 from megatron.checkpoint.huggingface.families import family_for
 from megatron.checkpoint.huggingface.family import Settings
@@ -27,6 +28,7 @@ from megatron.checkpoint.huggingface.generation_config import (
     write_generation,
 )
 from megatron.checkpoint.huggingface.import_model import TOKENIZER
+from megatron.checkpoint.huggingface.target_folder import refuse_model_files
 from megatron.checkpoint.huggingface.tokenizer_files import TOKENIZER_FILE, copy_tokenizer, for_every_release
 from megatron.checkpoint.load.stored_model import StoredModel, open_model
 from megatron.config.schema.mixers import MixersSection
@@ -34,6 +36,7 @@ from megatron.config.schema.model import ModelSection
 from megatron.config.schema.moe import MoeSection
 from megatron.config.schema.mup import MupSection
 from megatron.errors import ConfigError, RunError
+from megatron.registry import RETRIEVAL_HEAD
 from megatron.tokenizer_info import TokenizerInfo
 from megatron.tokenizers.builder import build_tokenizer
 from megatron.tokenizers.from_folder import find_tokenizer
@@ -81,7 +84,7 @@ def check_family(
 
 
 def write_folder(stored: StoredModel, output: Path, say: Say, options: FolderOptions = DEFAULTS) -> Exported:
-    """Writes the folder; returns what was written.
+    """Writes the folder, or two in it where the model embeds queries and passages; returns what was written.
 
     Raises ConfigError for a model that no family can express and for a tokenizer that cannot be the model's.
 
@@ -91,6 +94,19 @@ def write_folder(stored: StoredModel, output: Path, say: Say, options: FolderOpt
         say: Prints a line about what is not known or not written.
         options: What is written.
     """
+    if stored.model.lm_head == RETRIEVAL_HEAD:
+        folders = [output / name for name in PAIR]
+        for folder in folders:
+            refuse_model_files(folder, tokenizer=options.with_tokenizer)
+        made, passages = (_write_one(stored, folder, say, options, tower) for tower, folder in enumerate(folders))
+        classes = f"{made.architecture} and {passages.architecture}"
+        return replace(
+            made, architecture=classes, tensors=made.tensors + passages.tensors, size=made.size + passages.size
+        )
+    return _write_one(stored, output, say, options)
+
+
+def _write_one(stored: StoredModel, output: Path, say: Say, options: FolderOptions, tower: int = 0) -> Exported:
     tokenizer = run_tokenizer(stored, say, options)
     tokens = facts_of_tokenizer(stored.directory).get("vocab_size")
     tokens = tokens if tokenizer is None else tokenizer.vocab_size
@@ -104,6 +120,7 @@ def write_folder(stored: StoredModel, output: Path, say: Say, options: FolderOpt
         special=special,
         tokens=tokens,
         options=options.export,
+        tower=tower,
     )
     if options.with_tokenizer:
         save_tokenizer(tokenizer, output, stored.model.max_position_embeddings, say)
@@ -188,9 +205,11 @@ def _special(stored: StoredModel, tokenizer: Portable | None, tokens: int | None
     ids = ids_for_config(stored_ids, ends=ends, begin=begin, vocabulary=vocabulary(stored, tokens))
     if ids["eos_token_id"] is None:
         say("the end-of-text token is not known, so eos_token_id is null; give --tokenizer")
-    if stored.model.encoder_num_layers is None:
+    if stored.model.encoder_num_layers is not None:
+        return {**ids, **_of_decoder(stored, say)}
+    if stored.model.lm_head != RETRIEVAL_HEAD or tokenizer is None or tokenizer.pad is None:
         return ids
-    return {**ids, **_of_decoder(stored, say)}
+    return {**ids, "pad_token_id": tokenizer.pad}  # which the class hides where it is given no attention mask
 
 
 def _of_decoder(stored: StoredModel, say: Say) -> Settings:

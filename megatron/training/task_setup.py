@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron.checkpoint.huggingface.model_folder import is_folder
+from megatron.checkpoint.huggingface.encoder_pair import is_folder
 from megatron.checkpoint.load.find import find_intact
 from megatron.checkpoint.load.loader import make_available
 from megatron.checkpoint.remote.host_copy import by_host, one_folder

@@ -45,6 +45,8 @@ PARAMETERS = {
     "apertus/8B": 8_053_338_176,
     "bert/110M": 110_106_428,
     "roberta/125M": 124_697_433,
+    "dpr/110M": 2 * 108_891_648,  # BERT base of transformers without its pooler, twice
+    "ict/110M": 2 * (108_891_648 + 128 * 769),
     "t5/60M": 60_506_624,
     "t5/250M": 247_577_856,
     "t5/11B": 11_135_332_352,

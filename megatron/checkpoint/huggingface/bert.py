@@ -10,7 +10,7 @@ The heads are masked tokens with or without the order of segments, classes, and 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -50,13 +50,13 @@ class EncoderKind:
     """Of its tensors."""
     norm_placement: str
     """Where its blocks have norms."""
-    masked: Mapping[str, str]
+    masked: Mapping[str, str] = field(default_factory=dict)
     """Module of the head of masked tokens -> theirs."""
-    bias: str
+    bias: str = ""
     """Bias of the vocabulary."""
-    classifier: Mapping[str, str]
+    classifier: Mapping[str, str] = field(default_factory=dict)
     """Module of a classifier -> theirs."""
-    choice: Mapping[str, str]
+    choice: Mapping[str, str] = field(default_factory=dict)
     """Module of a multiple-choice model -> theirs."""
     orders: bool = True
     """Whether a class of theirs learns the order of segments."""
@@ -79,6 +79,18 @@ def _head(model: ModelSection) -> str:
 
 
 def _misfits(kind: EncoderKind, model: ModelSection) -> list[ConfigIssue]:
+    errors = block_misfits(kind, model)
+    if model.lm_head == RETRIEVAL_HEAD:
+        what = f"a {kind.label} model has no embeddings of queries and passages"
+        errors.append(ConfigIssue(what, key="lm_head", value=model.lm_head))
+    if model.bert_binary_head and not kind.orders:
+        what = f"a {kind.label} model does not learn the order of segments"
+        errors.append(ConfigIssue(what, key="bert_binary_head", value=True))
+    return errors
+
+
+def block_misfits(kind: EncoderKind, model: ModelSection) -> list[ConfigIssue]:
+    """Returns what of a model, its heads aside, such an encoder has not."""
     expected = {"norm": "layernorm", "pos_emb": "learned", "gpt_j_residual": False, "use_bias_in_norms": True}
     expected |= {"activation": "gelu", "num_kv_heads": model.num_attention_heads, "opt_pos_emb_offset": kind.offset}
     expected |= {"use_bias_in_mlp": True, "use_bias_in_attn_linear": True, "use_qk_layernorm": False}
@@ -95,19 +107,22 @@ def _misfits(kind: EncoderKind, model: ModelSection) -> list[ConfigIssue]:
         what = f"a {kind.label} model adds the vectors of token types"
         hint = "train it with num_token_types: 2"
         errors.append(ConfigIssue(what, key="num_token_types", value=0, hint=hint))
-    if model.lm_head == RETRIEVAL_HEAD:
-        what = f"a {kind.label} model has no embeddings of queries and passages"
-        errors.append(ConfigIssue(what, key="lm_head", value=model.lm_head))
-    if model.bert_binary_head and not kind.orders:
-        what = f"a {kind.label} model does not learn the order of segments"
-        errors.append(ConfigIssue(what, key="bert_binary_head", value=True))
     return errors
 
 
 def _config(kind: EncoderKind, model: ModelSection, padded_vocab_size: int) -> Settings:
-    assert model.max_position_embeddings is not None
     return {
         "architectures": [kind.classes[_head(model)]],
+        **block_config(kind, model, padded_vocab_size),
+        "tie_word_embeddings": True,
+        **({"pad_token_id": kind.offset - 1} if kind.offset else {}),
+    }
+
+
+def block_config(kind: EncoderKind, model: ModelSection, padded_vocab_size: int) -> Settings:
+    """Returns the keys of config.json for embeddings and blocks."""
+    assert model.max_position_embeddings is not None
+    return {
         "vocab_size": padded_vocab_size,
         "hidden_size": model.hidden_size,
         "num_hidden_layers": model.num_layers,
@@ -119,21 +134,23 @@ def _config(kind: EncoderKind, model: ModelSection, padded_vocab_size: int) -> S
         "layer_norm_eps": model.layernorm_epsilon,
         "hidden_dropout_prob": model.hidden_dropout,
         "attention_probs_dropout_prob": model.attention_dropout,
-        "tie_word_embeddings": True,
-        **({"pad_token_id": kind.offset - 1} if kind.offset else {}),
     }
 
 
 def _settings(kind: EncoderKind, theirs: Mapping[str, Any]) -> Settings:
-    check_config(theirs, {"is_decoder": False, "add_cross_attention": False, "tie_word_embeddings": True})
-    check_config(theirs, {"position_embedding_type": "absolute"})
+    check_config(theirs, {"tie_word_embeddings": True})
     dropout = theirs.get("classifier_dropout")
     if dropout is not None:  # the head here has the dropout of the blocks
         check_config(theirs, {"classifier_dropout": theirs["hidden_dropout_prob"]})
     if kind.offset:  # positions begin behind that of the padding token
         check_config(theirs, {"pad_token_id": kind.offset - 1})
+    return {**_objective(kind, theirs), **block_settings(kind, theirs)}
+
+
+def block_settings(kind: EncoderKind, theirs: Mapping[str, Any]) -> Settings:
+    """Returns our keys for embeddings and blocks. Raises ConfigError where there are none."""
+    check_config(theirs, {"is_decoder": False, "add_cross_attention": False, "position_embedding_type": "absolute"})
     return {
-        **_objective(kind, theirs),
         "num_token_types": theirs["type_vocab_size"],
         "num_layers": theirs["num_hidden_layers"],
         "hidden_size": theirs["hidden_size"],
@@ -182,27 +199,30 @@ def _labels(theirs: Mapping[str, Any]) -> list[str]:
 
 
 def _table(kind: EncoderKind, dims: ModelDims) -> list[TensorMapping]:
-    head = f"{dims.num_layers + 4}."
+    if dims.towers:
+        return block_table(kind, dims, {})
+    modules = dict(kind.masked)
+    if dims.classes:
+        modules = dict(kind.classifier if dims.classes > 1 else kind.choice)
+    if dims.binary_head:
+        modules |= {"pooler": f"{kind.prefix}.pooler.dense", "binary_head": "cls.seq_relationship"}
+    rows = block_table(kind, dims, modules)
+    return rows if dims.classes else [*rows, same(f"{dims.num_layers + 4}.bias", kind.bias)]
+
+
+def block_table(kind: EncoderKind, dims: ModelDims, modules: Mapping[str, str]) -> list[TensorMapping]:
+    """Returns the rows of embeddings, blocks and linear layers of a head. modules: of the head -> theirs."""
     rows = kind.names.table(dims)
     types = f"{kind.prefix}.embeddings.token_type_embeddings.weight"
     rows.append(same("0.tokentype_embeddings.weight", types))
-    if dims.towers:
-        modules = {}
-    elif dims.classes:
-        modules = dict(kind.classifier if dims.classes > 1 else kind.choice)
-    else:
-        rows.append(same(f"{head}bias", kind.bias))
-        modules = dict(kind.masked)
-    if dims.binary_head:
-        modules |= {"pooler": f"{kind.prefix}.pooler.dense", "binary_head": "cls.seq_relationship"}
-    named = {f"{head}{ours}": theirs for ours, theirs in modules.items()}
+    named = {f"{dims.num_layers + 4}.{ours}": theirs for ours, theirs in modules.items()}
     named |= {"0.embedding_norm": kind.embedding_norm} if kind.embedding_norm else {}
     for ours, theirs in named.items():
         rows += [same(f"{ours}.{part}", f"{theirs}.{part}") for part in ("weight", "bias")]
     return rows
 
 
-def _names(prefix: str, head: str, *, post: bool) -> Names:
+def encoder_names(prefix: str, head: str, *, post: bool) -> Names:
     """Returns the names of tensors outside the heads.
 
     Args:
@@ -255,7 +275,7 @@ _MEGATRON = EncoderKind(
     label="Megatron-BERT",
     prefix="bert",
     architecture="MegatronBert",
-    names=_names("bert", "cls.predictions.decoder", post=False),
+    names=encoder_names("bert", "cls.predictions.decoder", post=False),
     norm_placement="pre",
     masked=_PREDICTIONS,
     bias="cls.predictions.bias",
@@ -266,7 +286,7 @@ _BERT = EncoderKind(
     label="BERT",
     prefix="bert",
     architecture="Bert",
-    names=_names("bert", "cls.predictions.decoder", post=True),
+    names=encoder_names("bert", "cls.predictions.decoder", post=True),
     norm_placement="post",
     masked=_PREDICTIONS,
     bias="cls.predictions.bias",
@@ -278,7 +298,7 @@ _ROBERTA = EncoderKind(
     label="RoBERTa",
     prefix="roberta",
     architecture="Roberta",
-    names=_names("roberta", "lm_head.decoder", post=True),
+    names=encoder_names("roberta", "lm_head.decoder", post=True),
     norm_placement="post",
     masked={"lm_head.dense": "lm_head.dense", "lm_head.layernorm": "lm_head.layer_norm"},
     bias="lm_head.bias",

@@ -262,6 +262,10 @@ _BERT: Settings = {
     "intermediate_size": 3072,
 }
 _ROBERTA: Settings = {**_BERT, "vocab_size": 50265, "pad_token_id": 1}
+_DPR: Settings = {
+    **{key: value for key, value in _BERT.items() if key not in ("classifier_dropout", "tie_word_embeddings")},
+    "projection_dim": 0,
+}
 _T5: Settings = {
     "vocab_size": 32128,
     "d_model": 512,
@@ -305,6 +309,7 @@ DEFAULTS: Mapping[str, Settings] = {
     "megatron-bert": _MEGATRON_BERT,
     "bert": _BERT,
     "roberta": _ROBERTA,
+    "dpr": _DPR,
     "t5": _T5,
 }
 """model_type -> key -> the value of its class."""

@@ -6,7 +6,7 @@ The tensors are made one by one while the files are written, so the memory neede
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,7 @@ def export(
     special: Mapping[str, Any] | None = None,
     tokens: int | None = None,
     options: ExportOptions = PLAIN,
+    tower: int = 0,
 ) -> Exported:
     """Writes the folder.
 
@@ -94,19 +95,26 @@ def export(
         special: Ids for config.json, such as eos_token_id.
         tokens: Of the tokenizer; further rows of the embedding are padding, unless the key vocab_size counts them.
         options: For other programs.
+        tower: Of a model that embeds queries and passages: 0 for the encoder of queries, 1 for that of passages.
     """
     ConfigError.raise_any(fold_misfits(stored.mup, stored.model))
     stored = merged(stored)
     model = options.applied(stored.model)
     family = family_for(model, stored.moe, stored.mixers, family_name, stored.architecture)
     dims = ModelDims.of(model, stored.moe, stored.mixers)
+    first = dims.tower_layers * tower if dims.towers > 1 else 0
+    if dims.towers:
+        dims = replace(dims, towers=1)
+    if tower:
+        assert family.passages is not None
+        family = family.passages
     rows = vocabulary(stored, tokens)
     dtype = PRECISIONS.get(precision)
     shapes = {key_of(shape): shape for shape in tensors(dims, stored.rows)}
     table = family.table(dims)
     assert {row.ours for row in table} == set(shapes), "the table of a family covers every tensor of its models"
     output.mkdir(parents=True, exist_ok=True)
-    held = {key_of(shape): shape for shape in stored.table}
+    held = {f"{shape.layer - first}.{shape.name}": shape for shape in stored.table}
     promises = [
         promise for row in table if row.written for promise in _promises(stored, held, row, shapes, rows, dtype)
     ]

@@ -9,6 +9,7 @@ from megatron.checkpoint.huggingface.apertus import APERTUS
 from megatron.checkpoint.huggingface.bert import BERT, MEGATRON_BERT, ROBERTA
 from megatron.checkpoint.huggingface.cohere2 import COHERE2
 from megatron.checkpoint.huggingface.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
+from megatron.checkpoint.huggingface.dpr import QUESTIONS
 from megatron.checkpoint.huggingface.family import ModelFamily, lacking_parts
 from megatron.checkpoint.huggingface.gemma import GEMMA2, GEMMA3
 from megatron.checkpoint.huggingface.glm4_moe import GLM4_MOE
@@ -36,7 +37,7 @@ from megatron.config.schema.mixers import MixersSection
 from megatron.config.schema.model import ModelSection
 from megatron.config.schema.moe import MoeSection
 from megatron.errors import ConfigError, ConfigIssue
-from megatron.registry import BIDIRECTIONAL, CAUSAL, WITHOUT_ATTENTION
+from megatron.registry import BIDIRECTIONAL, CAUSAL, RETRIEVAL_HEAD, WITHOUT_ATTENTION
 
 EARLIER = (GPT_NEOX, LLAMA, MISTRAL, MIXTRAL, QWEN3, GPT2, OPT, MPT, MAMBA, MEGATRON_BERT, T5)
 LATER = (
@@ -55,6 +56,7 @@ LATER = (
     APERTUS,
     BERT,
     ROBERTA,
+    QUESTIONS,
 )
 WITH_EXPERTS = (
     QWEN2_MOE,
@@ -105,6 +107,8 @@ def family_for(
     likely = list(FAMILIES.values())
     if moe.moe_num_experts > 1:
         likely = [family for family in FAMILIES.values() if family.experts is not None]
+    elif model.lm_head == RETRIEVAL_HEAD:
+        likely = [family for family in FAMILIES.values() if family.passages is not None]
     elif model.attention_mask == BIDIRECTIONAL:
         likely = [family for family in FAMILIES.values() if family.encoder]
     elif model.encoder_num_layers is not None:
@@ -142,7 +146,7 @@ def family_of(theirs: Mapping[str, Any], location: str) -> ModelFamily:
     """The family that a config.json names. ConfigError when it is not one of ours."""
     for family in FAMILIES.values():
         if family.model_type == theirs.get("model_type"):
-            return family
+            return family if family.passages is None else _encoder_of(family, family.passages, theirs, location)
     known = ", ".join(family.model_type for family in FAMILIES.values())
     raise ConfigError.of(
         f"models of this type cannot be taken over; these can: {known}",
@@ -150,3 +154,21 @@ def family_of(theirs: Mapping[str, Any], location: str) -> ModelFamily:
         value=theirs.get("model_type"),
         location=location,
     )
+
+
+def _encoder_of(questions: ModelFamily, passages: ModelFamily, theirs: Mapping[str, Any], location: str) -> ModelFamily:
+    """The family of the encoder that a config.json names. ConfigError for another class, or none.
+
+    Args:
+        questions: of the encoder of questions.
+        passages: of the encoder of passages.
+        theirs: config.json.
+        location: the file, for messages.
+    """
+    found = theirs.get("architectures")
+    for family in (questions, passages):
+        if found == [family.architecture]:
+            return family
+    what = f"only {questions.architecture} and {passages.architecture} can be taken over"
+    hint = None if found else f"write which of them it is: [{questions.architecture}]"
+    raise ConfigError.of(what, key="architectures", value=found, location=location, hint=hint)

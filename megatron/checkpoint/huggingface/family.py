@@ -137,6 +137,8 @@ class ModelFamily:
     """Whether its attention is bidirectional."""
     encoder_decoder: bool = False
     """Whether its blocks are an encoder and a decoder."""
+    passages: ModelFamily | None = None
+    """That of encoders of passages, where this one's models are encoders of questions."""
 
     def module_name(self, name: str) -> str:
         """Returns the name that a tensor of its files has in the model, by which peft calls it."""

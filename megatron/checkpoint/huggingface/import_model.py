@@ -51,6 +51,7 @@ def adopt(
     model_size: int = 1,
     pipe_size: int = 0,
     dtype: torch.dtype | None = None,
+    given: Mapping[str, Any] | None = None,
     further: Mapping[str, Any] | None = None,
     adapter: Path | None = None,
 ) -> Adopted:
@@ -65,10 +66,11 @@ def adopt(
         model_size: The layout of the weight files, which any run reads.
         pipe_size: The layout of the weight files, which any run reads.
         dtype: None keeps the stored one.
+        given: Keys of the model that config.json leaves open.
         further: Keys for the configuration that is kept with the checkpoint.
         adapter: A folder of peft with low-rank updates of this model, which become `lora`.
     """
-    settings = folder.settings() | {"vocab_size": folder.rows, "make_vocab_size_divisible_by": 1}
+    settings = folder.settings() | dict(given or {}) | {"vocab_size": folder.rows, "make_vocab_size_divisible_by": 1}
     settings["hf_architecture"] = folder.family.name
     script = CONVERSION if folder.family.encoder else "generate.py"
     flags = {**settings, "user_script": script}

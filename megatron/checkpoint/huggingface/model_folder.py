@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint.format import files
+from megatron.checkpoint.format.weight_shards import StoredWeights
 from megatron.checkpoint.huggingface import safetensors_format
 from megatron.checkpoint.huggingface.config_defaults import completed
 from megatron.checkpoint.huggingface.families import family_of
 from megatron.checkpoint.huggingface.family import ModelFamily, Settings, TensorMapping
 from megatron.checkpoint.huggingface.mxfp4 import unpacked
 from megatron.checkpoint.huggingface.safetensors_format import FETCH
+from megatron.checkpoint.load.tower_weights import BothTowers
 from megatron.errors import ConfigError, ConfigIssue, RunError
 from megatron.param_table import ModelDims
 
@@ -61,6 +63,8 @@ class Folder:
     """The family of its model."""
     tensors: dict[str, Source]
     """Name -> how to read it."""
+    passages: Folder | None = None
+    """The encoder of passages beside one of questions, both of which are one model; its config.json says the same."""
 
     @staticmethod
     def open(path: Path) -> Folder:
@@ -103,12 +107,15 @@ class Folder:
         family = self.family
         return (family.table if family.table_of is None else family.table_of(self.config))(dims)
 
-    def weights(self, dims: ModelDims, *, new_head: bool = False) -> FolderWeights:
+    def weights(self, dims: ModelDims, *, new_head: bool = False) -> StoredWeights:
         """Its weights under our keys. RunError when it holds tensors that no place of ours takes.
 
         dims: of the model. new_head: the output layer may lack tensors, which begin anew.
         """
-        return FolderWeights.of(self, dims, new_head=new_head)
+        own = FolderWeights.of(self, dims, new_head=new_head)
+        if self.passages is None:
+            return own
+        return BothTowers(own, self.passages.weights(dims, new_head=new_head), dims.tower_layers)
 
 
 @dataclass(frozen=True)

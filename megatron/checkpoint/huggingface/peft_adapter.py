@@ -74,6 +74,13 @@ def export_adapter(
     plain = stored.model.model_copy(update={"lora": None, "soft_prompt_tuning": None})
     family = family_for(plain, stored.moe, stored.mixers, family_name, stored.architecture)
     dims = ModelDims.of(plain, stored.moe, stored.mixers)
+    if dims.towers:
+        raise ConfigError.of(
+            "updates of encoders of queries and passages are not written as a folder of peft",
+            key="lora",
+            location=str(stored.directory),
+            hint="leave --adapter-only out to convert both encoders with their updates",
+        )
     saved = SavedModules.of(stored, tokens, base_model)
     dtype = PRECISIONS.get(precision) or stored.full_tensor(stored.table[0]).dtype
     if updates is not None:

@@ -79,6 +79,9 @@ def read_adapter(path: Path, folder: Folder, dims: ModelDims) -> PeftAdapter:
         folder: The model.
         dims: Its sizes, without adapters.
     """
+    if dims.towers:
+        what = "an adapter of an encoder of questions or passages cannot be taken over"
+        raise ConfigError.of(what, location=str(path), hint="merge it into the encoder with peft")
     settings = _settings(path)
     named = {folder.family.file_name(name): values for name, values in _named(path).items()}
     table = {row.ours.removesuffix(".weight"): row for row in folder.rows_of(dims)}

@@ -13,8 +13,8 @@ from typing import Any
 
 from megatron.adapter_config import EMBEDDING, HEAD, SAVED, low_rank, soft_prompt
 from megatron.checkpoint.format import files, layout
+from megatron.checkpoint.huggingface.encoder_pair import is_folder, open_folder
 from megatron.checkpoint.huggingface.generation_config import facts_of_tokenizer
-from megatron.checkpoint.huggingface.model_folder import Folder, is_folder
 
 FACT = "adapter_base"
 """Its name among what a checkpoint says of its run."""
@@ -59,7 +59,7 @@ def base_of_checkpoint(directory: Path, rows: int) -> AdapterBase:
         rows: Rows of the stored embedding, padding included [tokens].
     """
     if is_folder(directory):
-        return AdapterBase(Folder.open(directory).rows)
+        return AdapterBase(open_folder(directory).rows)
     stored = stored_base(directory)
     if stored is not None:
         return stored

@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron.checkpoint.format import files, layout, logits_check, rng
 from megatron.checkpoint.format.optimizer_shards import MASTER, OptimizerState
 from megatron.checkpoint.format.weight_shards import StoredWeights, WeightFiles, key_of
-from megatron.checkpoint.huggingface.model_folder import Folder, is_folder
+from megatron.checkpoint.huggingface.encoder_pair import is_folder, open_folder
 from megatron.checkpoint.load import find
 from megatron.checkpoint.load.adapter_base import AdapterBase, base_of_checkpoint
 from megatron.checkpoint.load.lr_schedule_check import schedule_facts, schedule_to_use, warn_of_early_end
@@ -208,7 +208,7 @@ def find_checkpoint(
     weights: StoredWeights
     if is_folder(root):
         directory = root
-        weights = Folder.open(root).weights(dims, new_head=gets_head)
+        weights = open_folder(root).weights(dims, new_head=gets_head)
     else:
         sharing = one_folder() if config.data.use_shared_fs else by_host()
         found = find.find_intact(

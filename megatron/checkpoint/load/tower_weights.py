@@ -1,4 +1,4 @@
-"""The weights of one encoder as those of two, each of which begins with them."""
+"""Weights of two encoders, each stored as a model of its own, as those of one model; one may stand for both."""
 
 from __future__ import annotations
 
@@ -13,31 +13,34 @@ from megatron.param_table import ModelDims
 
 @dataclass(frozen=True)
 class BothTowers:
-    """Weights of one encoder under the keys of both."""
+    """Weights of two encoders under the keys of a model of both."""
 
-    weights: StoredWeights
-    """Those that are stored."""
+    queries: StoredWeights
+    """Of the encoder of queries."""
+    passages: StoredWeights
+    """Of the encoder of passages, under keys of their own; may be the same."""
     layers: int
     """Layers of one encoder."""
 
     @property
     def directory(self) -> Path:
-        """The checkpoint's folder."""
-        return self.weights.directory
+        """The folder of the encoder of queries."""
+        return self.queries.directory
 
     @property
     def model_size(self) -> int:
         """Tensor-parallel degree of the run that wrote them."""
-        return self.weights.model_size
+        return self.queries.model_size
 
     def keys(self) -> set[str]:
         """Returns the keys of all weights."""
-        stored = self.weights.keys()
-        return stored | {_shifted(key, self.layers) for key in stored}
+        return self.queries.keys() | {_shifted(key, self.layers) for key in self.passages.keys()}  # noqa: SIM118
 
     def shards(self, key: str) -> list[Tensor]:
         """Returns the tensor as every tensor-parallel rank wrote it, in rank order."""
-        return self.weights.shards(key if _layer(key) < self.layers else _shifted(key, -self.layers))
+        if _layer(key) < self.layers:
+            return self.queries.shards(key)
+        return self.passages.shards(_shifted(key, -self.layers))
 
 
 def for_towers(weights: StoredWeights, dims: ModelDims) -> StoredWeights:
@@ -49,7 +52,7 @@ def for_towers(weights: StoredWeights, dims: ModelDims) -> StoredWeights:
     """
     if dims.towers < 2 or any(_layer(key) >= dims.tower_layers for key in weights.keys()):  # noqa: SIM118
         return weights
-    return BothTowers(weights, dims.tower_layers)
+    return BothTowers(weights, weights, dims.tower_layers)
 
 
 def _layer(key: str) -> int:

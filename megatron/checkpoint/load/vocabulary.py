@@ -10,7 +10,7 @@ import torch
 
 from megatron.adapter_config import low_rank, soft_prompt
 from megatron.checkpoint.format.weight_shards import StoredWeights, WeightFiles
-from megatron.checkpoint.huggingface.model_folder import Folder, is_folder
+from megatron.checkpoint.huggingface.encoder_pair import is_folder, open_folder
 from megatron.checkpoint.load import find
 from megatron.checkpoint.load.adapter_base import frozen_rows, tokens_of
 from megatron.config import Config
@@ -116,7 +116,7 @@ def _stored(config: Config) -> StoredVocabulary | None:
         return None
     root = Path(config.checkpoint.load)
     if is_folder(root):
-        rows = Folder.open(root).rows
+        rows = open_folder(root).rows
         return StoredVocabulary(rows, rows)
     for directory in find.candidates(root, config.checkpoint.iteration):
         try:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from megatron.atomic import write_atomic
 from megatron.checkpoint.format import files, integrity, layout
-from megatron.checkpoint.huggingface.model_folder import is_folder
+from megatron.checkpoint.huggingface.encoder_pair import is_folder
 from megatron.checkpoint.remote.s3_client import Bucket
 from megatron.checkpoint.save.commit import beyond
 from megatron.checkpoint.save.protocol import run_with_heartbeat, together
