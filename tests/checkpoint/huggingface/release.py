@@ -2,7 +2,8 @@
 
 python -m tests.checkpoint.huggingface.release write FOLDER   draws models of every family and saves them there
 python -m tests.checkpoint.huggingface.release read FOLDER    answers for every folder below it
-Both put `answers.pt` beside the folders: name -> logits, and for tokenizers name -> ids.
+Both put `answers.pt` beside the folders: name -> logits, and for tokenizers name -> ids. All of a model is made float32
+before it computes: 4.57.6 makes the factors of xIELU in bfloat16, also in a model of float32, and writes them so.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def _write(folder: Path) -> Answers:
                     for parameter in model.parameters():
                         parameter.add_(torch.randn(parameter.shape) * 0.1)
                     model.save_pretrained(position)
-                    found[position.name] = model(tokens()).logits
+                    found[position.name] = model.float()(tokens()).logits
             except Exception:
                 continue
     return found
@@ -75,7 +76,7 @@ def _read(folder: Path) -> Answers:
 
     found: Answers = {}
     for position in sorted(path.parent for path in folder.glob("*/config.json")):
-        model = AutoModelForCausalLM.from_pretrained(position, **attention_of(position)).eval()
+        model = AutoModelForCausalLM.from_pretrained(position, **attention_of(position)).eval().float()
         with torch.no_grad():
             found[position.name] = model(tokens()).logits
         if (position / "tokenizer_config.json").is_file():
