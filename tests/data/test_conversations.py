@@ -181,3 +181,19 @@ def test_the_end_of_text_carries_a_loss_where_the_last_turn_does(tmp_path, templ
     code, found = written(tmp_path, template, [{"messages": turns}], *flags)
     (labels,) = IndexedDataset(tmp_path / "out_messages_label_document")
     assert code == 0 and labels[-1] == (found[0][-1] if learnt else -100)
+
+
+ALWAYS_OPENS = PLAIN.partition("{% if add")[0] + "{{ '<|im_start|>assistant' }}\n{{ '' }}"
+
+
+@pytest.mark.parametrize("turns", [[ASKED, ANSWERED], [ASKED, ANSWERED, ASKED, ANSWERED]])
+def test_the_end_of_text_behind_a_header_that_nobody_answers_is_not_learnt(tmp_path, turns):
+    """It would teach the model to end where it is to begin; the template writes the header behind every last turn."""
+    code, (tokens,) = written(tmp_path, ALWAYS_OPENS, [{"messages": turns}])
+    (labels,) = IndexedDataset(tmp_path / "out_messages_label_document")
+    assert code == 0 and labels[-1] == -100
+    ended = written(tmp_path, PLAIN, [{"messages": turns}])[1][0]
+    (expected,) = IndexedDataset(tmp_path / "out_messages_label_document")
+    assert tokens.tolist()[: len(ended) - 1] == ended.tolist()[:-1] and expected[-1] == ended[-1]
+    assert labels.tolist()[: len(ended) - 1] == expected.tolist()[:-1]
+    assert set(labels.tolist()[len(ended) - 1 :]) == {-100}

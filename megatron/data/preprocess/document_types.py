@@ -223,8 +223,8 @@ class Conversation(Protocol):
         """
         ...
 
-    def learns(self, turn: Mapping[str, Any]) -> bool:
-        """Whether a turn's own field lets it carry a loss."""
+    def learns_end(self, turns: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> bool:
+        """Whether the end of text belongs to the last turn, whose own field lets it carry a loss."""
         ...
 
 
@@ -291,7 +291,7 @@ class ChatText:
                 tokens = [*tokens, self.template.eod]
                 labels = [IGNORE_INDEX] * len(tokens)
             end = self.template.eod
-            ends = [*tokens, end], [*labels, end if self._learns_end(turns) else IGNORE_INDEX]
+            ends = [*tokens, end], [*labels, end if self._learns_end(turns, variables) else IGNORE_INDEX]
             found.append(ReadConversation(*ends, reward, text_bytes_of(turns), notes))
         return found
 
@@ -302,11 +302,11 @@ class ChatText:
         notes = [LEFT_OUT.format(name) for name in self.template.left_out(turns, variables)]
         return notes + [UNWRITTEN.format(name) for name in unwritten]
 
-    def _learns_end(self, turns: Sequence[Mapping[str, Any]]) -> bool:
+    def _learns_end(self, turns: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> bool:
         """Whether the end of text is learnt: as a part of the last turn, where that is."""
         if self.for_reward_model or not self.mask:
             return True
-        return turns[-1]["role"] == self.role and self.template.learns(turns[-1])
+        return turns[-1]["role"] == self.role and self.template.learns_end(turns, variables)
 
     def encode(self, documents: list[Any]) -> tuple[EncodedText, ...]:
         """Tokens, labels and rewards of each key."""
