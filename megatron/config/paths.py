@@ -36,6 +36,8 @@ PATH_KEYS = frozenset(
         "embedding_path",
         "qa_data",
         "titles_data_path",
+        "retro_project_dir",
+        "retro_embedder",
         "task_train_data",
         "task_valid_data",
         "pretrained_checkpoint",

@@ -63,6 +63,7 @@ from megatron.model.multi_token import FurtherLosses
 from megatron.model.pipeline_model import PipelinedModel
 from megatron.model.recompute import Recompute
 from megatron.model.retrieval_model import RetrievalModel
+from megatron.model.retro_model import RetroModel
 from megatron.model.sequential_model import SequentialModel
 from megatron.objectives.classification import ClassScores
 from megatron.optim.builder_args import OptimizerArgs
@@ -180,8 +181,10 @@ def _plain_model(
     config: Config, layers: Sequence[LayerSpec], recompute: Recompute | None, further: FurtherLosses | None
 ) -> Module:
     """Builds the model as one module; recompute and further as for SequentialModel."""
-    towers = ModelDims.of(config.model, config.moe, config.mixers).towers
-    if towers:
+    dims = ModelDims.of(config.model, config.moe, config.mixers)
+    if dims.retro is not None:
+        return RetroModel(layers, dims.retro, recompute)
+    if towers := dims.towers:
         return RetrievalModel(layers, towers, require(config.training.train_micro_batch_size_per_gpu), recompute)
     return SequentialModel(layers, recompute, further)
 

@@ -61,6 +61,7 @@ from megatron.model.multi_token import FurtherToken
 from megatron.model.norms.across_heads import AcrossHeadsNorm
 from megatron.model.positions.base import AttentionPositions
 from megatron.model.retrieval_head import RetrievalHead
+from megatron.model.retro import RetroBlock
 from megatron.param_table import FIRST_BLOCK, ModelDims
 from megatron.registry import (
     ACTIVATIONS,
@@ -117,7 +118,7 @@ def _stack(spec: ModelSpec) -> list[LayerSpec]:
             LayerSpec(
                 number + 2,
                 _block(kind, spec.dims, number),
-                {"number": number, "spec": blocks, "source": spec.param_factory(number + 2)},
+                {"number": number, "spec": blocks, "source": spec.param_factory(number + 2), **_dropouts(spec, number)},
             )
             for number, kind in enumerate(spec.dims.kinds)
         ),
@@ -127,6 +128,13 @@ def _stack(spec: ModelSpec) -> list[LayerSpec]:
         *(_further_token(spec, blocks, last + depth) for depth in range(1, spec.dims.mtp_layers + 1)),
     ]
     return [replace(layer, index=layer.index + spec.first_layer) for layer in layers]
+
+
+def _dropouts(spec: ModelSpec, number: int) -> dict[str, Any]:
+    """Returns a further argument of a block that attends to neighbours: the dropouts of their encoder."""
+    model = spec.model
+    of_encoder = model.retro_encoder_hidden_dropout, model.retro_encoder_attention_dropout
+    return {"dropouts": of_encoder} if spec.dims.retrieves(number) else {}
 
 
 def _further_token(spec: ModelSpec, blocks: BlockSpec, index: int) -> LayerSpec:
@@ -281,6 +289,8 @@ def _block(kind: str, dims: ModelDims, number: int) -> type[Block]:
     """
     if dims.encoder_layers:
         return EncoderTransformerBlock if dims.encodes(number) else DecoderTransformerBlock
+    if dims.retrieves(number):
+        return RetroBlock
     if ATTENTION.entry(kind).traits & (STANDALONE_BLOCK | ATTENDS | FEEDS):
         block: type[Block] = ATTENTION.load(kind)
         return block

@@ -1,10 +1,12 @@
 """Table of a model's tensors: layer index, name, global shape and shard dimension."""
 
 from megatron.param_table.adapters import DOWN, MAGNITUDE, NAMED_KINDS, PROMPT, UP, is_adapter_tensor, trainable_tensors
+from megatron.param_table.blocks import retrieval_tensors
 from megatron.param_table.dims import LatentDims, MixtureDims, ModelDims
 from megatron.param_table.mixer_dims import DeltaDims, MixerDims
 from megatron.param_table.mixers import recurrent_state_shapes
 from megatron.param_table.parts import FIRST_BLOCK, key_in_table
+from megatron.param_table.retro_dims import RetroDims
 from megatron.param_table.table import tensors
 from megatron.param_table.tensor import TensorShape, section_slices
 from megatron.param_table.widths import (
@@ -31,6 +33,7 @@ __all__ = [
     "ModelDims",
     "Multipliers",
     "MupWidths",
+    "RetroDims",
     "TensorShape",
     "WidthRatio",
     "base_shapes",
@@ -39,6 +42,7 @@ __all__ = [
     "key_in_table",
     "learning_rates",
     "recurrent_state_shapes",
+    "retrieval_tensors",
     "section_slices",
     "tensors",
     "trainable_tensors",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from megatron.param_table.adapters import with_lora
@@ -41,7 +42,39 @@ def attention_block(dims: ModelDims, block: int) -> list[TensorShape]:
         table += norm(dims, layer, "mlp_output_layernorm")
     if block == dims.encoder_layers - 1:
         table += norm(dims, layer, "encoder_layernorm")
-    return table + mlp_or_experts(dims, block)
+    table += mlp_or_experts(dims, block)
+    return table + (neighbor_encoder(dims, layer) if _has_encoder(dims, block) else [])
+
+
+def _has_encoder(dims: ModelDims, block: int) -> bool:
+    return dims.retro is not None and block == dims.retro.blocks[0]
+
+
+ENCODER = "retro_encoder."
+"""Before the names of the tensors of an encoder of neighbours."""
+
+
+def retrieval_tensors(table: Sequence[TensorShape]) -> set[str]:
+    """Returns the keys of what a model with retrieval has beside a language model. table: every tensor of a model."""
+    if not any(shape.name.startswith(ENCODER) for shape in table):
+        return set()
+    return {shape.key for shape in table if shape.name.startswith((ENCODER, "cross_attention"))}
+
+
+def neighbor_encoder(dims: ModelDims, layer: int) -> list[TensorShape]:
+    """Returns the tensors of the encoder of neighbours, whose first block also attends to a chunk of the text."""
+    assert dims.retro is not None
+    table = []
+    for number in range(dims.retro.encoder_layers):
+        block = norm(dims, layer, "input_layernorm") + projections(dims, layer)
+        block += row(layer, "attention.dense", dims.hidden_size, dims.value_size, dims.attention_bias)
+        if number == 0:
+            block += cross_attention(dims, layer)
+        block += norm(dims, layer, "post_attention_layernorm")
+        block += mlp(dims, layer, "mlp", dims.mlp_width, dims.mlp_bias)
+        block += [TensorShape(layer, f"mlp.activation.{name}", (1,), None, "bias") for name in dims.learned]
+        table += [replace(shape, name=f"{ENCODER}{number}.{shape.name}") for shape in block]
+    return table
 
 
 def attention_alone(dims: ModelDims, block: int) -> list[TensorShape]:

@@ -12,6 +12,7 @@ from typing import Any
 from megatron.adapter_config import EMBEDDING, HEAD, LowRank, low_rank, prompt_length
 from megatron.expert_blocks import has_experts
 from megatron.param_table.mixer_dims import MixerDims
+from megatron.param_table.retro_dims import RetroDims
 from megatron.registry import ACTIVATIONS, MASKED_HEAD, POSITIONS, RETRIEVAL_HEAD, VANILLA, WITHOUT_MLP
 
 
@@ -189,6 +190,8 @@ class ModelDims:
     """Width of the embeddings of a retrieval model behind a linear layer; 0 without one."""
     encoder_layers: int = 0
     """First blocks, which are an encoder; the others are its decoder. 0 for a model of one stack."""
+    retro: RetroDims | None = None
+    """Sizes of what reads retrieved neighbours; None for a model without retrieval."""
     low_rank: LowRank | None = None
     """LoRA adapters; everything else but what they name to be trained is frozen then."""
     prompt: int = 0
@@ -263,6 +266,7 @@ class ModelDims:
             towers=(1 if model.retrieval_shared_encoder else 2) if retrieves else 0,
             projection=(model.retrieval_projection_size or 0) if retrieves else 0,
             encoder_layers=getattr(model, "encoder_num_layers", None) or 0,
+            retro=RetroDims.of(model),
             low_rank=low_rank(getattr(model, "lora", None)),
             prompt=prompt_length(getattr(model, "soft_prompt_tuning", None)),
         )
@@ -280,8 +284,12 @@ class ModelDims:
         return block < self.encoder_layers
 
     def crosses(self, block: int) -> bool:
-        """Returns whether a block attends to the output of an encoder."""
-        return 0 < self.encoder_layers <= block
+        """Returns whether a block attends to the output of an encoder, of its source or of neighbours."""
+        return 0 < self.encoder_layers <= block or self.retrieves(block)
+
+    def retrieves(self, block: int) -> bool:
+        """Returns whether a block attends to retrieved neighbours."""
+        return self.retro is not None and block in self.retro.blocks
 
     @property
     def relative_rows(self) -> int:

@@ -53,7 +53,7 @@ def two_stack_activations(config: Config) -> Callable[[ModelDims, ActivationLayo
         own, other = stacks if encodes else stacks[::-1]
         saved = block_activations(dims, own, block) + other.residual_tokens * dims.hidden_size * layout.width
         if not encodes:
-            return saved + _cross(dims, own, other)
+            return saved + cross_activations(dims, own, other)
         relative = "scores" in POSITIONS.entry(dims.pos_emb).enters and not layout.selective
         if not relative:
             return saved
@@ -63,7 +63,7 @@ def two_stack_activations(config: Config) -> Callable[[ModelDims, ActivationLayo
     return of_block
 
 
-def _cross(dims: ModelDims, own: ActivationLayout, source: ActivationLayout) -> int:
+def cross_activations(dims: ModelDims, own: ActivationLayout, source: ActivationLayout) -> int:
     """Returns the bytes of cross attention: input and output of its norm, queries, keys, values and output."""
     ranks, width = own.model_parallel_size, own.width
     query, kv = dims.query_size // ranks, dims.kv_size // ranks

@@ -21,6 +21,7 @@ from megatron.plan.flops import flops_per_iteration
 from megatron.plan.kernel_choices import device_of, kernel_figures, kinds_with_scores
 from megatron.plan.memory import Memory, StateLayout, state_memory
 from megatron.plan.parameter_counts import model_tensors, on_rank, split_experts, total, unsupported_reason
+from megatron.plan.retro import retro_activations, retro_flops
 from megatron.plan.schedule import schedule_figures
 from megatron.plan.stage_activations import stage_activations
 from megatron.plan.stages import stage_bounds
@@ -140,6 +141,8 @@ def memory_of(config: Config, table: list[TensorShape], padded_vocab_size: int, 
     has_logits = not (dims.classes or dims.towers)
     if dims.encoder_layers:
         of_two_stacks = {"of_block": two_stack_activations(config), "head_length": model.decoder_seq_length}
+    elif dims.retro is not None:
+        of_two_stacks = {"of_block": retro_activations}
     stored, activations = state_layout(config), activation_layout(config)
     candidates = []
     shared, experts = split_experts(table)
@@ -192,6 +195,8 @@ def model_flops(config: Config, table: Sequence[TensorShape], *, seq_length: int
     if dims.encoder_layers and model.encoder_seq_length and model.decoder_seq_length:
         lengths = model.encoder_seq_length, model.decoder_seq_length
         return two_stack_flops(dims, table, lengths=lengths, train_batch_size=train_batch_size)
+    if dims.retro is not None:
+        return retro_flops(dims, table, seq_length=seq_length, train_batch_size=train_batch_size)
     if dims.towers:  # each sequence is read by one of them
         table = [tensor for tensor in table if tensor.layer < dims.tower_layers]
     sizes = {"seq_length": seq_length, "train_batch_size": train_batch_size * sequences_of_sample(config)}

@@ -11,6 +11,7 @@ from megatron.config.derived.draft import DERIVED_ONLY
 from megatron.config.validation.dependent_keys import DEPENDENT
 from megatron.config.validation.unsupported import GAPS, IGNORED_HINTS, UNUSED_KEYS
 from megatron.registry.attention import SOFTMAX_KEYS
+from tests.config.retro import WHERE_RETRO_MATTERS
 from tests.config.small import SMALL, errors, resolved
 
 DELTA = {"attention_config": ["gated_delta_net", "global"]}
@@ -237,10 +238,8 @@ WHERE_IT_MATTERS: dict[str, tuple[Any, dict[str, Any] | None]] = {
     **{key: (value, None) for key, value in (("evidence_data_path", "x.tsv"), ("qa_data", ["x.tsv"]))},
     "embedding_path": ("y", {**DPR, **FILES, "user_script": "search_passages.py"}),
     "retrieval_match": ("regex", {**DPR, **FILES, "user_script": "search_passages.py"}),
-    "retrieval_hard_negatives": (2, DPR),
-    "retrieval_other_negatives": (2, DPR),
-    "retrieval_valid_hard_negatives": (2, DPR),
-    "retrieval_valid_other_negatives": (2, DPR),
+    **{f"retrieval_{name}_negatives": (2, DPR) for name in ("hard", "other", "valid_hard", "valid_other")},
+    **WHERE_RETRO_MATTERS,
     "z_loss": (0.1, {"train_impl": "rm"}),
     "online_dataserver_ips": (["x"], {"dataset_impl": "online"}),
     "online_dataserver_ports": ([1], {"dataset_impl": "online"}),
@@ -281,7 +280,7 @@ EVERY_RUN = frozenset(
     rmsnorm_fusion use_flashattn_swiglu
     num_layers hidden_size num_attention_heads num_kv_heads kv_channels seq_length max_position_embeddings
     multi_latent_attention mtp_num_layers attention_mask lm_head bert_binary_head num_token_types
-    encoder_num_layers decoder_num_layers encoder_seq_length decoder_seq_length
+    encoder_num_layers decoder_num_layers encoder_seq_length decoder_seq_length retro_add_retriever
     intermediate_size expansion_factor mlp_multiple_of activation norm norm_placement embedding_norm use_qk_layernorm
     use_bias_in_norms final_logit_softcapping scale_embeddings embedding_multiplier residual_multiplier logit_scale
     use_bias_in_attn_linear use_bias_in_mlp gpt_j_residual no_weight_tying attention_config hidden_dropout

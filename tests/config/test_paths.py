@@ -12,7 +12,7 @@ from megatron.config import FIELDS
 from megatron.config.paths import PATH_KEYS
 from tests.config.small import errors, resolved
 
-NAMES = re.compile(r"(^|_)(save|load|path|paths|file|dir|text|cloze|data|pretrained_checkpoint)$|hostfile")
+NAMES = re.compile(r"(^|_)(save|load|path|paths|file|dir|text|cloze|data|pretrained_checkpoint|embedder)$|hostfile")
 LISTS = ("_data_paths", "_data")
 """Ends of the names of keys with several paths."""
 NO_PATHS = {"s3_path"}  # an address

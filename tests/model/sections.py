@@ -11,6 +11,7 @@ from megatron.distributed.mesh import Topology
 from megatron.model.layers import build_layer_specs
 from megatron.model.loss_parts import LossParts
 from megatron.model.model_spec import ModelSpec
+from megatron.model.retro_model import RetroModel
 from megatron.model.sequential_model import SequentialModel
 
 VOCABULARY = 96
@@ -79,6 +80,14 @@ def model_section(**changes: object) -> Any:
         "encoder_num_layers": None,
         "encoder_seq_length": None,
         "decoder_seq_length": None,
+        "retro_add_retriever": False,
+        "retro_chunk_length": 64,
+        "retro_num_neighbors": 2,
+        "retro_num_retrieved_chunks": 2,
+        "retro_encoder_layers": 2,
+        "retro_encoder_hidden_dropout": 0.1,
+        "retro_encoder_attention_dropout": 0.1,
+        "retro_cross_attention_layers": None,
     }
     unknown = changes.keys() - values.keys() - {"attention_config"}
     assert not unknown, unknown
@@ -116,24 +125,23 @@ def build(
     reset_positions: bool = False,
     parts: LossParts | None = None,
     **changes: object,
-) -> SequentialModel:
-    """A SequentialModel on the CPU. reset: attention and positions at each document."""
-    plan = build_layer_specs(
-        ModelSpec(
-            model_section(**changes),
-            initialization_section(init_method_std=std),
-            SimpleNamespace(),
-            padded_vocab_size=vocabulary,
-            topology=topology or Topology.single(),
-            seed=seed,
-            dtype=dtype,
-            device=torch.device("cpu"),
-            reset_attention=reset or reset_attention,
-            reset_positions=reset or reset_positions,
-            loss_parts=parts,
-        )
+) -> Any:
+    """A SequentialModel on the CPU, or a RetroModel. reset: attention and positions at each document."""
+    spec = ModelSpec(
+        model_section(**changes),
+        initialization_section(init_method_std=std),
+        SimpleNamespace(),
+        padded_vocab_size=vocabulary,
+        topology=topology or Topology.single(),
+        seed=seed,
+        dtype=dtype,
+        device=torch.device("cpu"),
+        reset_attention=reset or reset_attention,
+        reset_positions=reset or reset_positions,
+        loss_parts=parts,
     )
-    return SequentialModel(plan)
+    layers = build_layer_specs(spec)
+    return SequentialModel(layers) if spec.dims.retro is None else RetroModel(layers, spec.dims.retro)
 
 
 def disturb(model: torch.nn.Module, seed: int = 5) -> None:

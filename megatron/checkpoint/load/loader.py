@@ -37,7 +37,7 @@ from megatron.config.schema.checkpoint import CheckpointSection
 from megatron.distributed.mesh import Topology
 from megatron.errors import ConfigError, ConfigIssue, RunError
 from megatron.log import get_logger
-from megatron.param_table import DOWN, MAGNITUDE, PROMPT, ModelDims, TensorShape, is_adapter_tensor
+from megatron.param_table import DOWN, MAGNITUDE, PROMPT, ModelDims, TensorShape, is_adapter_tensor, retrieval_tensors
 from megatron.ranks import Ranks
 from megatron.registry import OPTIMIZERS
 from megatron.tokenizer_info import TokenizerInfo
@@ -282,6 +282,7 @@ def read_weights(checkpoint: Checkpoint, topology: Topology, requested: Sequence
     stored = checkpoint.weights
     found = _without_heads(checkpoint, _without_further_tokens(checkpoint, stored.keys()))
     added = {key_of(shape) for shape in checkpoint.table if _begins_anew(shape, checkpoint)}
+    added |= retrieval_tensors(checkpoint.table)
     expected = {key_of(shape) for shape in checkpoint.table}
     unexpected, missing = sorted(found - expected), sorted(expected - found)
     anew = added.intersection(missing) if checkpoint.may_add else set()

@@ -7,7 +7,7 @@ Widths are global, before tensor parallelism. `num_kv_heads`, `kv_channels`, `ma
 from megatron.adapter_config import prompt_length
 from megatron.config.derived.mlp_width import mlp_width
 from megatron.config.field import Section, key
-from megatron.config.types import Items, Table
+from megatron.config.types import Integers, Items, Table
 from megatron.layer_types import LayerOptions, options_of_blocks
 from megatron.registry import (
     ACTIVATIONS,
@@ -228,6 +228,26 @@ class ModelSection(Section):
         None,
         "Learn whether the two segments of a sample are in the right order, by a pooler and two logits, "
         "arXiv:1909.11942; on with train_impl bert when left out.",
+    )
+    retro_add_retriever: bool = key(
+        False, "Attend to the neighbours of each chunk, retrieved from a database (Retro, arXiv:2112.04426)."
+    )
+    retro_chunk_length: int = key(64, "With retro_add_retriever: tokens of a chunk.", unit="tokens")
+    retro_num_neighbors: int = key(2, "Neighbours that each chunk attends to.", unit="neighbours")
+    retro_num_retrieved_chunks: int = key(
+        2, "Chunks of a neighbour: the one that was found and those that follow it in its document.", unit="chunks"
+    )
+    retro_encoder_layers: int = key(2, "Blocks of the encoder of neighbours.", unit="blocks")
+    retro_encoder_hidden_dropout: float = key(
+        0.1, "Dropout of the encoder of neighbours on what attention and MLP add.", unit="probability"
+    )
+    retro_encoder_attention_dropout: float = key(
+        0.1, "Dropout of the encoder of neighbours on its attention.", unit="probability"
+    )
+    retro_cross_attention_layers: Integers | None = key(
+        None,
+        "Blocks (from 0) that attend to neighbours; left out: every third from the 6th, or the 9th of more than 15, "
+        "as in Megatron-LM.",
     )
     output_layer_parallelism: str = key(
         "column", "How tensor parallelism shards the output layer.", choices=("column",)

@@ -42,6 +42,17 @@ class RetrievalSection(Section):
     qa_data: Strings | None = key(
         None, "Files of questions and answers whose passages tools/search_passages.py finds: tsv or JSON lines."
     )
+    retro_project_dir: str | None = key(
+        None,
+        "Folder of chunks and neighbours that tools/build_retro_database.py makes and a run with retro_add_retriever "
+        "reads.",
+    )
+    retro_embedder: str | None = key(
+        None, "Folder of the transformers encoder that tools/build_retro_database.py embeds chunks with."
+    )
+    retro_query_num_neighbors_save: int = key(
+        20, "Neighbours of each chunk that tools/build_retro_database.py stores.", unit="neighbours"
+    )
     retrieval_match: str = key(
         "string",
         "How an answer is found in a passage: its words one after the other, or as a regular expression.",

@@ -15,6 +15,7 @@ from megatron.config.derived.fill import trains
 from megatron.config.validation.dependent_mixer_keys import OF_MIXERS, has_kind
 from megatron.config.validation.dependent_model_keys import OF_PARTS, DependentKeys
 from megatron.config.validation.retrieval import OF_RETRIEVAL
+from megatron.config.validation.retro import OF_RETRO
 from megatron.config.validation.task import OF_TASKS
 from megatron.registry import GATED_DELTA_NET, NORMS, OPTIMIZERS, POSITIONS, SCHEDULES, TOKENIZERS, WITHOUT_ATTENTION
 from megatron.registry.kernels import FUSED_ADAM
@@ -343,6 +344,7 @@ DEPENDENT: tuple[DependentKeys, ...] = (
     DependentKeys(("mask_mean_words",), _objective("t5"), "train_impl is not t5"),
     *OF_TASKS,
     *OF_RETRIEVAL,
+    *OF_RETRO,
     DependentKeys(("z_loss",), _objective("rm"), "train_impl is not rm"),
     DependentKeys(
         ("online_dataserver_ips", "online_dataserver_ports"),

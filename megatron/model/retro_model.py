@@ -1,0 +1,79 @@
+"""A language model with attention to retrieved neighbours as one module, for training and for scores.
+
+Shapes as in retro.py: s tokens of the text, b micro batch, h hidden, l whole chunks, k neighbours of a chunk, r tokens
+of a neighbour, v padded vocabulary, t tensor-parallel degree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from megatron.distributed.tensor_parallel.linear_cross_entropy import TokenTargets
+from megatron.model.embedding import EmbeddingLayer
+from megatron.model.kv_cache import KVCache
+from megatron.model.layers import LayerSpec
+from megatron.model.recompute import Recompute, run_layers
+from megatron.model.retro import RetroBlock
+from megatron.param_table import RetroDims
+
+
+class RetroModel(nn.Module):
+    """All layers in order; parameter names are ``sequential.<layer index>.<name>``."""
+
+    def __init__(self, layer_specs: Sequence[LayerSpec], sizes: RetroDims, recompute: Recompute | None = None) -> None:
+        """Builds the layers.
+
+        Args:
+            layer_specs: layers of the model.
+            sizes: of chunks and neighbours.
+            recompute: recomputation of blocks, or None.
+        """
+        super().__init__()
+        self.sizes, self.recompute = sizes, recompute
+        self.sequential = nn.ModuleList()
+        for layer in layer_specs:
+            tied = {} if layer.tied_to is None else {"embedding": self.sequential[layer.tied_to]}
+            self.sequential.append(layer.layer(**tied, **layer.arguments))
+
+    def forward(
+        self,
+        tokens: Tensor,
+        cache: KVCache | None = None,
+        document_starts: Tensor | None = None,
+        targets: TokenTargets | None = None,
+        padding: Tensor | None = None,
+    ) -> Tensor:
+        """Token ids [b, l k r + s] -> logits [s, b, v/t], or the loss of the targets, an fp32 scalar.
+
+        Args:
+            tokens: Token ids: the neighbours of each whole chunk of the text, then the text.
+            cache: None; nothing of earlier tokens is stored.
+            document_starts: None; a text attends to all tokens before.
+            targets: Labels and weights of the text; the loss is computed instead of logits.
+            padding: None; a text has none.
+        """
+        count = self.sizes.chunks(tokens.shape[1])
+        embedding, *layers, head = self.sequential
+        neighbors, text = tokens.split([rows := count * self.sizes.tokens_of_chunk, tokens.shape[1] - rows], dim=1)
+        hidden = embedding(text.contiguous())
+        context = self._embed(neighbors, count) if count else None
+        for layer in layers:
+            if context is None or not isinstance(layer, RetroBlock):
+                hidden = run_layers([layer], hidden, None, self.recompute)
+                continue
+            hidden = run_layers([layer], torch.cat((context, hidden)), None, self.recompute)
+            if layer.retro_encoder is not None:
+                context, hidden = hidden.split([rows, text.shape[1]])
+        output: Tensor = head(hidden) if targets is None else head(hidden, targets=targets)
+        return output
+
+    def _embed(self, neighbors: Tensor, count: int) -> Tensor:
+        """Neighbours [b, l k r] -> [k r l, b, h]; positions start at 0 in each."""
+        each = neighbors.unflatten(1, (count, self.sizes.neighbors, -1)).permute(2, 1, 0, 3)  # [k, l, b, r]
+        hidden = cast(EmbeddingLayer, self.sequential[0])(each.flatten(0, 2))  # [r, k l b, h]
+        together = hidden.unflatten(1, (*each.shape[:2], -1)).permute(1, 0, 2, 3, 4)  # [k, r, l, b, h]
+        return together.flatten(0, 2)
