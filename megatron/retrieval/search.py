@@ -33,7 +33,7 @@ def nearest(questions: Tensor, vectors: np.ndarray, count: int, axis: Axis) -> t
     first, last = (len(vectors) * rank // axis.size for rank in (axis.rank, axis.rank + 1))
     own = _nearest(questions, vectors[first:last], count, first)
     scores, numbers = zip(*all_gather_list(own, axis.group), strict=True) if axis.size > 1 else ((own[0],), (own[1],))
-    return _best(torch.cat(scores, 1), torch.cat(numbers, 1), count)
+    return best(torch.cat(scores, 1), torch.cat(numbers, 1), count)
 
 
 def _nearest(questions: Tensor, vectors: np.ndarray, count: int, first: int) -> tuple[Tensor, Tensor]:
@@ -44,11 +44,11 @@ def _nearest(questions: Tensor, vectors: np.ndarray, count: int, first: int) -> 
         parts = [(part @ block.t()).topk(min(count, len(block))) for part in questions.split(QUESTIONS)]
         scores = torch.cat([scores, torch.cat([part.values for part in parts])], 1)
         numbers = torch.cat([numbers, torch.cat([part.indices for part in parts]) + first + start], 1)
-        scores, numbers = _best(scores, numbers, count)
+        scores, numbers = best(scores, numbers, count)
     return scores.cpu(), numbers.cpu()
 
 
-def _best(scores: Tensor, numbers: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def best(scores: Tensor, numbers: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Of candidates [q, c] the best ones, the best first; of those with the same score the first number."""
     order = numbers.argsort(1)
     scores, numbers = scores.gather(1, order), numbers.gather(1, order)

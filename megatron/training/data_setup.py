@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+
 from megatron.adapter_config import low_rank, prompt_length, soft_prompt
 from megatron.checkpoint.load.adapter_base import AdapterBase
 from megatron.checkpoint.load.loader import Checkpoint
@@ -20,10 +23,12 @@ from megatron.data.dataset.masked_builder import MaskedData, MaskedSamples
 from megatron.data.dataset.span_builder import SpanData
 from megatron.data.dataset.summary import DataPlan
 from megatron.data.retrieval.block_builder import BlockData
+from megatron.data.retro.loader import RetroData
 from megatron.data.tasks.builder import TaskData
 from megatron.distributed.mesh import Topology
 from megatron.distributed.process_group import all_gather_list, barrier
 from megatron.errors import ConfigError, RunError
+from megatron.param_table import ModelDims
 from megatron.ranks import Ranks
 from megatron.registry import MASKED_HEAD
 from megatron.tokenizer_info import TokenizerInfo, describe_tokenizer
@@ -113,6 +118,7 @@ def build_run_data(
         ids=known_ids(tokenizer),
         mark_padding=config.moe.moe_num_experts > 1,
         masked=masked_data(config, tokenizer),
+        retro=retro_data(config, tokenizer, samples),
     )
     if data.train is None and samples["train"]:
         raise ConfigError.of("there is nothing to train on", key="data_path", hint="set data_path or train_data_paths")
@@ -141,6 +147,21 @@ def masked_data(config: Config, tokenizer: Tokenizer) -> MaskedSamples | None:
         max_ngram=data.mask_max_ngram,
         short_seq_prob=data.short_seq_prob,
     )
+
+
+def retro_data(config: Config, tokenizer: Tokenizer, samples: Mapping[str, int]) -> RetroData | None:
+    """Returns where neighbours are; None for a model without retrieval.
+
+    Args:
+        config: configuration of the run.
+        tokenizer: of the model.
+        samples: of train, valid and test that the run reads.
+    """
+    sizes = ModelDims.of(config.model, config.moe, config.mixers).retro
+    if sizes is None:
+        return None
+    folder = Path(require(config.retrieval.retro_project_dir))
+    return RetroData(folder, sizes, tokenizer.eod, run_tokenizer(config, tokenizer).fingerprint or "", samples)
 
 
 def block_data(config: Config, tokenizer: Tokenizer) -> BlockData:

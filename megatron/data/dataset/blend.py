@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -112,3 +113,9 @@ class BlendedDataset:
     def origin(self, number: int, position: int) -> Origin:
         """Where the token at a place of sample `number` comes from."""
         return self._datasets[self._sets.item(number)].origin(self._numbers.item(number), position)
+
+    def documents(self, number: int) -> set[Origin]:
+        """The documents that sample `number`, of joined documents, has tokens of."""
+        of_set: Any = self._datasets[self._sets.item(number)]
+        found: set[Origin] = of_set.documents(self._numbers.item(number))
+        return found

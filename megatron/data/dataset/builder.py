@@ -27,6 +27,7 @@ from megatron.data.indexed.metadata import read_card
 from megatron.data.indexed.reader import IndexedDataset
 from megatron.data.indexed.sentences import SentenceDataset
 from megatron.data.indexed.tokenizer_check import check_tokenizer
+from megatron.data.retro.loader import RetroData
 from megatron.tokenizer_info import TokenizerInfo
 
 
@@ -66,6 +67,7 @@ def build_data(
     ids: int | None = None,
     mark_padding: bool = False,
     masked: MaskedSamples | None = None,
+    retro: RetroData | None = None,
 ) -> Data:
     """The loaders of one data-parallel rank; every rank must call this, since it waits at the barrier.
 
@@ -91,6 +93,7 @@ def build_data(
         ids: Those from here on are refused where they are read; None stands for the tokenizer's.
         mark_padding: Batches say which tokens are padding, where samples are padded.
         masked: How samples of masked tokens or spans are made; None for a language model.
+        retro: Where neighbours of the samples are; None without them.
     """
     started = time.monotonic()
     num_samples = dict(zip(NAMES, (train_samples, valid_samples, test_samples), strict=True))
@@ -109,10 +112,10 @@ def build_data(
         if masked is not None:
             loaders[split.name] = masked.loader(samples, sampler(len(samples)), **shared)
             continue
-        loaders[split.name] = BatchLoader(
+        build = partial(BatchLoader, eod=eod) if retro is None else partial(retro.loader, split.name)
+        loaders[split.name] = build(
             samples,
             sampler(len(samples)),
-            eod=eod,
             eod_mask_loss=data.eod_mask_loss,
             labels=unpacked or any(source.data.labels is not None for source in split.sources),
             rewards=any(source.data.rewards is not None for source in split.sources),
@@ -123,13 +126,15 @@ def build_data(
             **shared,
         )
     _warm_up(splits if data.mmap_warmup else ())
+    return _as_data(loaders, plans, time.monotonic() - started, (*warnings, *cache_warnings))
+
+
+def _as_data(
+    loaders: Mapping[str, BatchLoader], plans: Mapping[str, SplitPlan], seconds: float, warnings: tuple[str, ...]
+) -> Data:
+    """The loaders and what they will serve, by the names of their splits."""
     train, valid, test = (plans.get(name) for name in NAMES)
-    plan = DataPlan(train, valid, test, time.monotonic() - started, (*warnings, *cache_warnings))
-    return _as_data(loaders, plan)
-
-
-def _as_data(loaders: Mapping[str, BatchLoader], plan: DataPlan) -> Data:
-    """The loaders by the names of their splits."""
+    plan = DataPlan(train, valid, test, seconds, warnings)
     each = {name.removeprefix(EACH_VALID): loader for name, loader in loaders.items() if name.startswith(EACH_VALID)}
     return Data(loaders.get("train"), loaders.get("valid"), loaders.get("test"), plan, each)
 

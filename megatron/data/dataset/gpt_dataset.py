@@ -107,6 +107,10 @@ class PackedDataset:
         spans = self._spans(self._index.shuffle.item(number))
         return Origin(self._source, next(span[3] for span in reversed(spans) if span[0] <= position and span[2]))
 
+    def documents(self, number: int) -> set[Origin]:
+        """The documents that sample `number` has tokens of."""
+        return {Origin(self._source, span[3]) for span in self._spans(self._index.shuffle.item(number)) if span[2]}
+
     def __getitem__(self, number: int) -> np.ndarray:
         """The sample's tokens, int64 [seq_length + 1]."""
         tokens = np.empty(self.sample_length, np.int64)

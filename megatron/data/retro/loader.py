@@ -1,0 +1,105 @@
+"""Micro-batches of a model that attends to neighbours: tokens of the neighbours in front of each text.
+
+Shapes: b micro batch, s sequence, l chunks of a sequence, k neighbours of a chunk, r tokens of a neighbour.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron.data.dataset.batch import MicroBatch
+from megatron.data.dataset.gpt_dataset import Samples
+from megatron.data.dataset.loader import BatchLoader
+from megatron.data.dataset.sampler import BatchSampler
+from megatron.data.indexed.reader import IndexedDataset
+from megatron.data.retro.chunks import KEY, ChunkDatabase
+from megatron.data.retro.neighbors import HINT, NeighborFile, fingerprint, read_header, require_same
+from megatron.errors import ConfigError
+from megatron.param_table import RetroDims
+
+
+@dataclass(frozen=True)
+class RetroData:
+    """What loaders of neighbours are made from."""
+
+    folder: Path
+    """The database."""
+    sizes: RetroDims
+    """Of chunks and neighbours."""
+    eod: int
+    """The id that fills neighbours up."""
+    tokenizer: str
+    """Fingerprint of the run's tokenizer."""
+    counts: Mapping[str, int]
+    """Samples of each split that the run reads."""
+
+    def loader(self, split: str, samples: Samples, sampler: BatchSampler, **settings: Any) -> RetroLoader:
+        """Returns the loader of a rank. Raises ConfigError where the neighbours are those of other samples.
+
+        Args:
+            split: train, valid or test.
+            samples: of the split.
+            sampler: the rank's share of it.
+            settings: further settings of a BatchLoader.
+        """
+        if split not in self.counts:
+            what = "neighbours are those of one validation set"
+            raise ConfigError.of(what, key="valid_data_paths", hint="give one, or leave out what reports each")
+        facts, count = read_header(self.folder), self.counts[split]
+        expected = {
+            "chunk_length": self.sizes.chunk,
+            "tokenizer": self.tokenizer,
+            split: {"samples": count, "fingerprint": fingerprint(samples, count)},
+        }
+        require_same(self.folder, facts, expected)
+        stored = NeighborFile(self.folder, split, writes=False)
+        if stored.missing:
+            what = f"{len(stored.missing)} blocks of the split {split} have no neighbours yet"
+            raise ConfigError.of(what, key=KEY, value=str(self.folder), hint=HINT)
+        if stored.rows.shape[2] < self.sizes.neighbors:
+            what = f"{stored.rows.shape[2]} neighbours of a chunk are stored"
+            hint = "lower it, or build another database"
+            raise ConfigError.of(what, key="retro_num_neighbors", value=self.sizes.neighbors, hint=hint)
+        datasets = [IndexedDataset(path) for path in facts["data_paths"]]
+        database = ChunkDatabase(self.folder, datasets, self.eod)
+        return RetroLoader(samples, sampler, neighbors=(stored, database, self.sizes), eod=self.eod, **settings)
+
+
+class RetroLoader(BatchLoader):
+    """The micro-batches of one rank: neighbours and text [b, l k r + s], labels of the text [b, s]."""
+
+    def __init__(
+        self,
+        samples: Samples,
+        sampler: BatchSampler,
+        *,
+        neighbors: tuple[NeighborFile, ChunkDatabase, RetroDims],
+        **settings: Any,
+    ) -> None:
+        """Takes the samples of a rank.
+
+        Args:
+            samples: The data set.
+            sampler: The rank's share of it.
+            neighbors: numbers of the neighbours, the chunks that they are, and their sizes.
+            settings: Further settings of a BatchLoader.
+        """
+        super().__init__(samples, sampler, **settings)
+        self._stored, self._database, self._sizes = neighbors
+
+    def _read(self, numbers: range) -> MicroBatch:
+        batch = super()._read(numbers)
+        sizes = self._sizes
+        rows = np.asarray(self._stored.rows[numbers.start : numbers.stop, :, : sizes.neighbors])
+        tokens = np.empty((rows.size, sizes.neighbor_tokens), np.int64)
+        for each, number in zip(tokens, rows.flatten().tolist(), strict=True):
+            self._database.read(number, each)
+        neighbors = torch.from_numpy(tokens).view(len(numbers), -1)
+        batch = replace(batch, tokens=torch.cat((neighbors, batch.tokens), dim=1))
+        return batch.pin_memory() if self._pin_memory else batch

@@ -1,0 +1,130 @@
+"""Chunks, their embeddings, and the neighbours of a run's samples: the work of ranks that share a folder.
+
+Ranks take blocks of chunks, then blocks of samples; what a folder already has is not computed again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron.atomic import atomic_path
+from megatron.data.indexed.reader import IndexedDataset
+from megatron.data.retro import neighbors
+from megatron.data.retro.chunks import CHUNKS, ChunkDatabase, cut, owner_of
+from megatron.data.retro.neighbors import NeighborFile, fingerprint
+from megatron.log import get_logger
+from megatron.param_table import RetroDims
+from megatron.ranks import Ranks
+from megatron.retrieval import embedding_file
+from megatron.retrieval.embedding_file import EmbeddingFile
+from megatron.retrieval.neighbors import nearest_elsewhere
+from megatron.retrieval.text_embedder import TextEmbedder
+
+EMBEDDINGS = "embeddings"
+"""Folder of the embeddings of chunks."""
+
+
+@dataclass(frozen=True)
+class RetroBuilder:
+    """What the database of a run is made of."""
+
+    folder: Path
+    """Of the database."""
+    sources: Sequence[tuple[IndexedDataset, range]]
+    """Token files, each with the documents that are cut into chunks."""
+    splits: Mapping[str, tuple[Any, int]]
+    """Samples of each split (data sets of joined documents), and how many of them the run reads."""
+    sizes: RetroDims
+    """Of chunks."""
+    saved: int
+    """Neighbours of a chunk that are stored."""
+    tokenizer: tuple[Callable[[Sequence[int]], str], int, str]
+    """Tokens to text, the id that ends a document, and the tokenizer's fingerprint."""
+    embedder: TextEmbedder
+    """Embeds texts."""
+    batch: int
+    """Texts of one pass."""
+
+    def facts(self) -> dict[str, Any]:
+        """Returns what decides the database."""
+        return {
+            "chunk_length": self.sizes.chunk,
+            "saved": self.saved,
+            "tokenizer": self.tokenizer[2],
+            "data_paths": [os.path.abspath(dataset.prefix) for dataset, _ in self.sources],
+            "documents": [[own.start, own.stop] for _, own in self.sources],
+            "embedder": [round(float(value), 4) for value in self.embedder.embed(["The quick brown fox."], 1)[0][:8]],
+            **{
+                split: {"samples": count, "fingerprint": fingerprint(samples, count)}
+                for split, (samples, count) in self.splits.items()
+            },
+        }
+
+    def create(self) -> None:
+        """Makes the files that a folder lacks. Raises ConfigError where it is the database of another run."""
+        facts = self.facts()
+        if (self.folder / neighbors.HEADER).exists():
+            neighbors.require_same(self.folder, neighbors.read_header(self.folder), facts)
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        chunks = cut(self.sources, self.sizes.chunk)
+        with atomic_path(self.folder / CHUNKS) as temporary, temporary.open("wb") as file:
+            np.save(file, chunks)
+        of_chunks = {"passages": len(chunks), "width": self.embedder.width, "dtype": "float32"}
+        embedding_file.create(self.folder / EMBEDDINGS, of_chunks)
+        for split, (samples, count) in self.splits.items():
+            of_sample = (samples.sample_length - 1) // self.sizes.chunk
+            neighbors.create(self.folder, split, (count, of_sample, self.saved))
+        neighbors.write_header(self.folder, facts)
+
+    def embed(self) -> None:
+        """Embeds this rank's share of the chunks."""
+        database, stored = self._database(), EmbeddingFile(self.folder / EMBEDDINGS, writes=True)
+        for block in self._share(stored.missing, "chunks"):
+            stored.write(block, self._vectors([database.chunk(number) for number in stored.passages(block)]))
+
+    def search(self) -> None:
+        """Finds the neighbours of this rank's share of the samples, in documents that a sample has no tokens of."""
+        database, vectors = self._database(), EmbeddingFile(self.folder / EMBEDDINGS, writes=False).vectors
+        owners = database.owners()
+        numbers = {dataset.prefix: number for number, (dataset, _) in enumerate(self.sources)}
+        for split, (samples, _) in self.splits.items():
+            stored = NeighborFile(self.folder, split, writes=True)
+            for block in self._share(stored.missing, f"samples of {split}"):
+                own = stored.samples(block)
+                tokens = np.empty((len(own), samples.sample_length), np.int64)
+                for row, number in zip(tokens, own, strict=True):
+                    samples.read(number, row)
+                chunks = tokens[:, :-1].reshape(-1, self.sizes.chunk)
+                left_out = [_owners_of(samples.documents(number), numbers) for number in own]
+                questions = torch.from_numpy(self._vectors(list(chunks)))
+                found = nearest_elsewhere(questions, vectors, owners, left_out, self.saved)
+                stored.write(block, found.reshape(len(own), -1, self.saved))
+
+    def _database(self) -> ChunkDatabase:
+        return ChunkDatabase(self.folder, [dataset for dataset, _ in self.sources], self.tokenizer[1])
+
+    def _vectors(self, chunks: Sequence[np.ndarray]) -> np.ndarray:
+        text, eod, _ = self.tokenizer
+        return self.embedder.embed([text(chunk[chunk != eod].tolist()) for chunk in chunks], self.batch)
+
+    def _share(self, missing: Sequence[int], what: str) -> list[int]:
+        ranks = Ranks.from_environment()
+        own = list(missing[ranks.rank :: ranks.world_size])
+        get_logger(__name__).info("%d blocks of %s are left for this rank", len(own), what)
+        return own
+
+
+def _owners_of(documents: set[Any], numbers: Mapping[str, int]) -> np.ndarray:
+    """Returns the numbers of documents in the database; those of other data sets are not in it."""
+    pairs = [(numbers[origin.source.tokens.prefix], origin.document) for origin in documents
+             if origin.source.tokens.prefix in numbers]  # fmt: skip
+    sources, own = (np.array(values, np.int64) for values in zip(*pairs, strict=True)) if pairs else (np.empty(0),) * 2
+    return owner_of(sources, own)

@@ -1,0 +1,80 @@
+"""The database of a run with retrieval, from the run's configuration: the wiring, in order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron.checkpoint.save.saver import Counters
+from megatron.config import Config
+from megatron.config.validation.unknown_values import require
+from megatron.data.dataset.sources import read_splits
+from megatron.data.retro.neighbors import NeighborFile
+from megatron.distributed.process_group import any_rank, barrier
+from megatron.engine.builder import init_topology
+from megatron.errors import ConfigError, RunError
+from megatron.param_table import RetroDims
+from megatron.ranks import Ranks
+from megatron.retrieval.retro_database import RetroBuilder
+from megatron.retrieval.text_embedder import TextEmbedder
+from megatron.tokenizers import build_tokenizer
+from megatron.training.data_setup import build_run_data, num_samples, run_tokenizer, train_iters, with_length
+
+BATCH = 64
+"""Texts of one pass where no batch size is given."""
+
+
+def build_retro_database(config: Config) -> None:
+    """Writes chunks, embeddings and neighbours to `retro_project_dir`. Collective over all ranks.
+
+    Raises ConfigError where the folder has those of another run, or the encoder cannot be read; RunError where a file
+    cannot be read or written.
+    """
+    topology = init_topology(config)
+    tokenizer = build_tokenizer(config.tokenizer)
+    sizes = RetroDims.of(config.model)
+    assert sizes is not None
+    plain = with_length(config.replace(retro_add_retriever=False), Counters(), tokenizer)
+    data = build_run_data(plain, topology, tokenizer)
+    counts = num_samples(plain.training, train_iters(plain), Counters(), same_valid=plain.data.valid_same_samples)
+    loaders = {"train": data.train, "valid": data.valid, "test": data.test}
+    splits, _ = read_splits(plain.data, {"train": 1})
+    embedder = TextEmbedder(Path(require(config.retrieval.retro_embedder)))
+    builder = RetroBuilder(
+        folder=Path(require(config.retrieval.retro_project_dir)),
+        sources=[(source.dataset, source.documents) for source in splits[0].sources],
+        splits={name: (loader.samples, counts[name]) for name, loader in loaders.items() if loader is not None},
+        sizes=sizes,
+        saved=config.retrieval.retro_query_num_neighbors_save,
+        tokenizer=(tokenizer.decode, tokenizer.eod, run_tokenizer(plain, tokenizer).fingerprint or ""),
+        embedder=embedder,
+        batch=config.evaluation.eval_batch_size or BATCH,
+    )
+    rank = Ranks.from_environment().rank
+    _on_rank_0(builder, rank)
+    barrier()
+    builder.embed()
+    barrier()
+    builder.search()
+    barrier()
+    if rank == 0:
+        stored = {split: NeighborFile(builder.folder, split, writes=False) for split in builder.splits}
+        shapes = ", ".join(f"{split} {' x '.join(map(str, each.rows.shape))}" for split, each in stored.items())
+        print(f"neighbours in {builder.folder}: {shapes} (samples x chunks x neighbours)", flush=True)
+
+
+def _on_rank_0(builder: RetroBuilder, rank: int) -> None:
+    """Makes the files of the folder on rank 0; every rank ends where it cannot. Collective."""
+    error: ConfigError | RunError | OSError | None = None
+    if rank == 0:
+        try:
+            builder.create()
+        except (ConfigError, RunError, OSError) as raised:
+            error = raised
+    failed = any_rank(error is not None)
+    if isinstance(error, OSError):
+        where = str(builder.folder)
+        raise RunError.of(f"it cannot be written: {error.strerror}", key="retro_project_dir", location=where) from None
+    if error is not None:
+        raise error
+    if failed:
+        raise RunError.of("rank 0 cannot use the folder", key="retro_project_dir", location=str(builder.folder))

@@ -1,0 +1,194 @@
+"""From token files to a model that attends to neighbours: the database, training in every layout, a resume.
+
+Neighbours are held against a search in numpy over embeddings of transformers' encoder, the model against a loop in
+tests/model/test_retro.py.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer
+
+from megatron.config import Resources, resolve
+from megatron.data.indexed.reader import IndexedDataset
+from megatron.data.indexed.writer import DatasetWriter
+from megatron.errors import ConfigError
+from megatron.training.retro_setup import build_retro_database
+from tests.end_to_end.runs import BASE, run_all, series
+from tests.multi_rank import RankFailedError, run_distributed
+
+CHUNK, SAVED = 8, 3
+LETTERS = "abcdefghijklmnop"
+MODEL: dict[str, Any] = {
+    **BASE,
+    "num_layers": 3,
+    "hidden_size": 32,
+    "num_kv_heads": 4,
+    "retro_add_retriever": True,
+    "retro_chunk_length": CHUNK,
+    "retro_cross_attention_layers": [1, 2],
+    "retro_query_num_neighbors_save": SAVED,
+    "train_iters": 4,
+    "eval_interval": 2,
+    "eval_iters": 1,
+}
+LAYOUTS = {
+    "tensor 2": {"model_parallel_size": 2},
+    "data 2, ZeRO 1": {"zero_optimization": {"stage": 1}},
+    "data 2, ZeRO 3": {"zero_optimization": {"stage": 3}},
+}
+
+
+def make_texts(folder: Path, documents: int = 60) -> str:
+    """Documents of random letters in chunks; every second one repeats the middle of the one before."""
+    generator = np.random.default_rng(3)
+    letters = np.frombuffer(LETTERS.encode(), np.uint8)
+    shared = np.empty((3, CHUNK), np.uint16)
+    with DatasetWriter(folder / "text", np.dtype(np.uint16)) as writer:
+        for number in range(documents):
+            own = generator.choice(letters, (6 + number % 5, CHUNK)).astype(np.uint16)
+            if number % 2:
+                own[1:4] = shared
+            shared = own[1:4]
+            writer.add_document(own.flatten()[: None if number % 3 else -3])
+    return str(folder / "text")
+
+
+def make_encoder(folder: Path) -> str:
+    """A small BERT over letters, with random weights."""
+    folder.mkdir()
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *(f"##{letter}" for letter in LETTERS)]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    BertModel(BertConfig(vocab_size=len(words), **sizes)).save_pretrained(folder)
+    return str(folder)
+
+
+def build_rank(rank: int, world_size: int, settings: dict[str, Any]) -> None:
+    script = {"user_script": "build_retro_database.py"}
+    build_retro_database(resolve([], {**settings, **script}, Resources(world_size)).config)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The settings of a run whose database two ranks have built."""
+    folder = tmp_path_factory.mktemp("retro")
+    paths = {"retro_embedder": make_encoder(folder / "bert"), "retro_project_dir": str(folder / "database")}
+    settings = {**MODEL, **paths, "data_path": make_texts(folder), "log_dir": str(folder / "logs")}
+    run_distributed(build_rank, 2, settings)
+    return settings
+
+
+def train_settings(made: dict[str, Any], **more: Any) -> dict[str, Any]:
+    own = {key: value for key, value in made.items() if key not in ("retro_embedder", "log_dir")}
+    return {**{key: value for key, value in own.items() if key != "retro_query_num_neighbors_save"}, **more}
+
+
+def test_neighbors_are_those_of_other_documents_that_numpy_finds(made: dict[str, Any]) -> None:
+    folder = Path(made["retro_project_dir"])
+    chunks, found = np.load(folder / "chunks.npy"), np.load(folder / "neighbors_train.npy")
+    tokens = IndexedDataset(made["data_path"])
+    tokenizer, encoder = (kind.from_pretrained(made["retro_embedder"]) for kind in (AutoTokenizer, AutoModel))
+
+    def vector(ids: np.ndarray) -> np.ndarray:
+        rows = tokenizer(bytes(ids.astype(np.uint8)).decode(), return_tensors="pt")
+        with torch.no_grad():
+            return encoder(**rows).last_hidden_state[0, 1:-1].mean(0).double().numpy()
+
+    texts = [tokens.get(document, first, length) for _, document, first, length in chunks.tolist()]
+    assert np.concatenate(texts).tobytes() == b"".join(
+        tokens[number].tobytes() for number in sorted(set(chunks[:, 1].tolist()))
+    )
+    vectors = np.stack([vector(text) for text in texts])
+    assert found.shape == (MODEL["train_iters"] * MODEL["train_batch_size"], MODEL["seq_length"] // CHUNK, SAVED)
+    splits = resolve([], {**train_settings(made), "retro_add_retriever": False}, Resources(1)).config
+    samples = training_samples(splits)
+    for number in (0, 7, 31):
+        sample = np.empty(MODEL["seq_length"] + 1, np.int64)
+        samples.read(number, sample)
+        own = {origin.document for origin in samples.documents(number)}
+        assert not own & set(chunks[found[number].flatten(), 1].tolist())
+        others = np.flatnonzero(~np.isin(chunks[:, 1], list(own)))
+        for chunk, neighbors in zip(sample[:-1].reshape(-1, CHUNK), found[number], strict=True):
+            distances = np.linalg.norm(vectors[others] - vector(chunk), axis=1)
+            best = np.sort(distances)[:SAVED]
+            np.testing.assert_allclose(np.linalg.norm(vectors[neighbors] - vector(chunk), axis=1), best, rtol=1e-4)
+
+
+def training_samples(config: Any) -> Any:
+    """The samples of the training split, as a run reads them."""
+    from megatron.data.dataset.builder import build_data
+
+    count = MODEL["train_iters"] * MODEL["train_batch_size"]
+    sizes = {"seq_length": MODEL["seq_length"], "seed": config.training.seed, "micro_batch": 8, "eod": 256}
+    ranks = {"data_rank": 0, "data_size": 1, "is_builder": True, "barrier": lambda: None}
+    data = build_data(config.data, **sizes, **ranks, train_samples=count, valid_samples=16, test_samples=8)
+    assert data.train is not None
+    return data.train.samples
+
+
+def test_every_layout_trains_as_one_process(made: dict[str, Any], tmp_path: Path) -> None:
+    settings = train_settings(made, retro_encoder_hidden_dropout=0.0, retro_encoder_attention_dropout=0.0)
+    cases = {
+        "one": settings,
+        "recomputed": {**settings, "checkpoint_activations": True},
+        "accumulated": {**settings, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2},
+    }
+    one = run_all(1, tmp_path / "one", cases)
+    two = run_all(2, tmp_path / "two", {name: {**settings, **more} for name, more in LAYOUTS.items()})
+    losses = {name: series(records, "train/lm_loss") for name, records in {**one, **two}.items()}
+    valid = {name: series(records, "validation/lm_loss") for name, records in {**one, **two}.items()}
+    for name, found in losses.items():
+        assert found == pytest.approx(losses["one"], rel=1e-5), name
+        assert valid[name] == pytest.approx(valid["one"], rel=1e-5), name
+    assert losses["one"][-1] < losses["one"][0] - 0.05
+
+
+def test_a_resume_is_bitwise_with_dropout(made: dict[str, Any], tmp_path: Path) -> None:
+    saved = {"save": str(tmp_path / "save"), "load": str(tmp_path / "save"), "checkpoint_factor": 100}
+    settings = train_settings(made, zero_optimization={"stage": 1})
+    parts = run_all(
+        2,
+        tmp_path,
+        {"full": settings, "first": {**settings, **saved, "exit_interval": 2}, "then": {**settings, **saved}},
+    )
+    full = series(parts["full"], "train/lm_loss")
+    assert series(parts["first"], "train/lm_loss") + series(parts["then"], "train/lm_loss") == full
+
+
+def test_a_trained_model_goes_on_with_neighbors(made: dict[str, Any], tmp_path: Path) -> None:
+    """With finetune what reads neighbours is added, and the rest is the model's; without it that is refused."""
+    save = str(tmp_path / "save")
+    plain = {key: value for key, value in train_settings(made).items() if not key.startswith("retro_")}
+    longer = {"train_iters": 60, "eval_interval": 60, "save": save, "checkpoint_factor": 60}
+    still = {"optimizer": {"type": "Adam", "params": {"lr": 0.0}}, "min_lr": 0.0}
+    settings = train_settings(made, load=save, model_parallel_size=2, **still)
+    before = run_all(1, tmp_path / "plain", {"plain": {**plain, **longer}})["plain"]
+    after = run_all(2, tmp_path / "on", {"on": {**settings, "finetune": True}})["on"]
+    first, last = (series(before, "train/lm_loss")[at] for at in (0, -1))
+    assert last < first - 1.0
+    assert series(after, "train/lm_loss")[0] == pytest.approx(last, abs=0.2)
+    with pytest.raises(RankFailedError, match="set finetune: true to start them beside the checkpoint's model"):
+        run_all(1, tmp_path / "refused", {"one": train_settings(made, load=save, override_lr_scheduler=True)})
+
+
+def test_neighbors_of_other_samples_are_refused(made: dict[str, Any], tmp_path: Path) -> None:
+    for changed, named in (
+        ({"seed": 7}, "train"),
+        ({"retro_chunk_length": 16}, "chunk_length"),
+        ({"train_iters": 3}, "train"),
+    ):
+        with pytest.raises(RankFailedError, match=f"neighbours are those of another run: {named}"):
+            run_all(1, tmp_path / named, {"one": train_settings(made, **changed)})
+    facts = json.loads((Path(made["retro_project_dir"]) / "retro.json").read_text())
+    assert facts["train"]["samples"] == MODEL["train_iters"] * MODEL["train_batch_size"]
+    with pytest.raises(ConfigError, match="it has no neighbours"):
+        resolve([], train_settings(made, retro_project_dir=str(tmp_path)), Resources(1))
