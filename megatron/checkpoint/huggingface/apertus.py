@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron.checkpoint.huggingface.config_defaults import DEFAULTS
 from megatron.checkpoint.huggingface.family import ModelFamily, Settings, TensorMapping, check_config, same, unlike
 from megatron.checkpoint.huggingface.llama import NAMES, decoder_config, decoder_misfits, decoder_settings
 from megatron.checkpoint.huggingface.qwen import HEAD_NORMS
-from megatron.checkpoint.huggingface.rope_config import usual_rotary
+from megatron.checkpoint.huggingface.rope_config import CONFIG, usual_rotary
 from megatron.config.schema.model import ModelSection
 from megatron.errors import ConfigError, ConfigIssue
 from megatron.param_table import ModelDims
@@ -55,9 +56,20 @@ def _config(model: ModelSection, padded_vocab_size: int) -> Settings:
 def _settings(theirs: Mapping[str, Any]) -> Settings:
     check_config(theirs, {"hidden_act": XIELU})
     rotary = usual_rotary(theirs, USUAL_SCALING)
+    _check_base(theirs)
     found = decoder_settings({**theirs, "hidden_act": "silu", "mlp_bias": False}, rotary)
     width = {"intermediate_size": theirs["intermediate_size"]}
     return found | {"activation": XIELU, "use_qk_layernorm": True} | width
+
+
+def _check_base(theirs: Mapping[str, Any]) -> None:
+    """ConfigError for a base beside no scaling, which release 5 reads only together with one."""
+    named = any(theirs.get(key) for key in ("rope_parameters", "rope_scaling"))
+    base, usual = theirs.get("rope_theta"), DEFAULTS["apertus"]["rope_theta"]
+    if not named and base not in (None, usual):
+        what = f"without a scaling beside it, releases of transformers take this base, or {usual:,}"
+        hint = "write rope_scaling: {rope_type: default}, or the scaling"
+        raise ConfigError.of(what, key="rope_theta", value=base, location=CONFIG, hint=hint)
 
 
 def _table(dims: ModelDims) -> list[TensorMapping]:

@@ -205,6 +205,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "an activation that is not xIELU": ("apertus", {"hidden_act": "relu2"}, "hidden_act = 'relu2'"),
     "no scaling, or that of Apertus": ("apertus", {"rope_parameters": None}, "rope_parameters = None: releases of tra"),
+    "a base that release 5 reads beside a scaling alone": (
+        "apertus",
+        {"rope_parameters": "absent", "rope_theta": 10000.0},
+        "rope_theta = 10000.0: without a scaling beside it, releases of transformers take this base, or 12,000,000",
+    ),
     "a base that releases read otherwise": (
         "olmo3",
         {"rope_parameters": "absent", "rope_theta": 10000.0},
