@@ -241,6 +241,9 @@ def _nemotron(chance: random.Random) -> Settings:
     found = _llama(chance)
     del found["rms_norm_eps"]
     found["hidden_act"] = chance.choice(["relu2", "gelu", "silu"])
+    if chance.random() < 0.5:  # a scaling of its positions is refused
+        for name in ("rope_parameters", "rope_scaling"):
+            found.pop(name, None)
     return found | {"partial_rotary_factor": 0.5} if chance.random() < 0.5 else found
 
 
