@@ -24,12 +24,13 @@ from megatron.checkpoint.huggingface.export_model import PRECISIONS, Exported
 from megatron.checkpoint.huggingface.families import family_for
 from megatron.checkpoint.huggingface.family import ModelFamily, TensorMapping
 from megatron.checkpoint.huggingface.peft_modules import SavedModules
+from megatron.checkpoint.huggingface.peft_settings import CONFIG
 from megatron.checkpoint.huggingface.safetensors_format import Promise
 from megatron.checkpoint.load.stored_model import StoredModel
 from megatron.errors import ConfigError
 from megatron.param_table import DOWN, MAGNITUDE, PROMPT, UP, ModelDims, TensorShape
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)

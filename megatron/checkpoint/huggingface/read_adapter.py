@@ -9,7 +9,6 @@ of B is zero, as at the start of training. Source of names and files: peft 0.21,
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,26 +18,15 @@ import torch
 from torch import Tensor
 
 from megatron.adapter_config import EMBEDDING, HEAD, MODULES, SAVED, TARGETS, LowRank
-from megatron.checkpoint.format import files
 from megatron.checkpoint.huggingface import safetensors_format
-from megatron.checkpoint.huggingface.family import TensorMapping
+from megatron.checkpoint.huggingface.family import ModelFamily, TensorMapping
 from megatron.checkpoint.huggingface.model_folder import HEADS, Folder
-from megatron.checkpoint.huggingface.peft_adapter import CONFIG, WEIGHTS
-from megatron.errors import ConfigError, ConfigIssue, RunError
+from megatron.checkpoint.huggingface.peft_adapter import WEIGHTS
+from megatron.checkpoint.huggingface.peft_settings import CONFIG, PeftSettings
+from megatron.errors import ConfigError, RunError
 from megatron.param_table import DOWN, MAGNITUDE, UP, ModelDims
 
 PREFIX = "base_model.model."
-_UNREAD: Mapping[str, object] = {
-    "peft_type": "LORA",
-    "bias": "none",
-    "lora_bias": False,
-    "alora_invocation_tokens": None,
-    "use_qalora": False,
-    "use_bdlora": None,
-    "arrow_config": None,
-    "target_parameters": None,
-}
-"""Settings with which an update is what it is here -> that value; absent ones have it."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +74,7 @@ def read_adapter(path: Path, folder: Folder, dims: ModelDims) -> PeftAdapter:
     named = {folder.family.file_name(name): values for name, values in _named(path).items()}
     table = {row.ours.removesuffix(".weight"): row for row in folder.rows_of(dims)}
     modules = {
-        module: _updates_of(row, named, settings)
+        module: _updates_of(row, named, settings, folder.family)
         for module, row in table.items()
         if module.partition(".")[2] in MODULES and row.joined is None and row.written
     }
@@ -105,21 +93,11 @@ def read_adapter(path: Path, folder: Folder, dims: ModelDims) -> PeftAdapter:
     return PeftAdapter(asked, values | {key: tensor for tensors in saved.values() for key, tensor in tensors.items()})
 
 
-def _settings(path: Path) -> dict[str, Any]:
+def _settings(path: Path) -> PeftSettings:
     if not (path / CONFIG).is_file() or not (path / WEIGHTS).is_file():
         what = f"it holds no {CONFIG} with {WEIGHTS}"
         raise ConfigError.of(what, location=str(path), hint="give a folder that peft's save_pretrained wrote")
-    found = files.read_json(path / CONFIG)
-    if not isinstance(found, dict):
-        raise ConfigError.of("this is no object", location=str(path / CONFIG))
-    ConfigError.raise_any(
-        ConfigIssue(f"only {usual!r} can be taken over", key=key, value=found[key], location=str(path / CONFIG))
-        for key, usual in _UNREAD.items()
-        if found.get(key, usual) not in (usual, None, False, [])
-    )
-    if not isinstance(found.get("r"), int) or found["r"] < 1:
-        raise ConfigError.of("the rank must be at least 1", key="r", value=found.get("r"), location=str(path / CONFIG))
-    return found
+    return PeftSettings.read(path)
 
 
 def _named(path: Path) -> dict[str, Tensor]:
@@ -128,26 +106,19 @@ def _named(path: Path) -> dict[str, Tensor]:
     return {name.removeprefix(PREFIX): reader.tensor(name) for name in reader.names()}
 
 
-def _updates_of(row: TensorMapping, named: dict[str, Tensor], settings: Mapping[str, Any]) -> dict[str, _Update]:
+def _updates_of(
+    row: TensorMapping, named: dict[str, Tensor], settings: PeftSettings, family: ModelFamily
+) -> dict[str, _Update]:
     """Takes the updates of the matrices of a row out of `named`: name of the matrix -> update."""
     found = {}
     for name in row.theirs:
         module = name.removesuffix(".weight")
         down, up = (named.pop(f"{module}.{part}.weight", None) for part in ("lora_A", "lora_B"))
         if down is not None and up is not None:
-            norms = named.pop(f"{module}.lora_magnitude_vector", None) if settings.get("use_dora") else None
-            up = up.float() * _factor(module, len(down), settings)
+            norms = named.pop(f"{module}.lora_magnitude_vector", None) if settings.magnitudes else None
+            up = up.float() * settings.factor(family.module_name(module), len(down))
             found[name] = _Update(down.float(), up, None if norms is None else norms.float())
     return found
-
-
-def _factor(module: str, rank: int, settings: Mapping[str, Any]) -> float:
-    """Returns the factor of an update: alpha / rank, or over its root."""
-    alpha = settings.get("lora_alpha") or settings["r"]
-    for pattern, value in (settings.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            alpha = value
-    return float(alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank))
 
 
 def _joined(updates: Sequence[_Update]) -> list[Tensor]:
@@ -156,16 +127,14 @@ def _joined(updates: Sequence[_Update]) -> list[Tensor]:
     return [first] if all(each.down.equal(first) for each in updates) else [each.down for each in updates]
 
 
-def _low_rank(
-    found: Mapping[str, Mapping[str, _Update]], settings: Mapping[str, Any], saved: tuple[str, ...]
-) -> LowRank:
+def _low_rank(found: Mapping[str, Mapping[str, _Update]], settings: PeftSettings, saved: tuple[str, ...]) -> LowRank:
     rank = max(sum(map(len, _joined(list(parts.values())))) for parts in found.values())
     inside = {module.partition(".")[2] for module in found}
-    factor = _factor("", settings["r"], settings)
     targets = tuple(name for name, ours in TARGETS.items() if inside.intersection(ours))
-    dropout = float(settings.get("lora_dropout") or 0.0)
     magnitudes = any(each.norms is not None for parts in found.values() for each in parts.values())
-    return LowRank(rank, round(factor * rank, 12), dropout, targets, saved, magnitudes=magnitudes)
+    return LowRank(
+        rank, round(settings.usual_factor * rank, 12), settings.dropout, targets, saved, magnitudes=magnitudes
+    )
 
 
 def _factors(
