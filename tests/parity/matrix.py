@@ -234,9 +234,9 @@ def relative(values: list[float], expected: list[float]) -> float:
     return float("inf") if math.isnan(worst) else worst
 
 
-def chosen_rows(text: str) -> range:
-    """`first:stop`, either of which may be left out, or one number."""
-    numbers = range(len(rows()))
+def chosen_rows(text: str, count: int) -> range:
+    """`first:stop`, either of which may be left out, or one number, of count rows."""
+    numbers = range(count)
     if ":" not in text:
         return numbers[int(text) : int(text) + 1] if text else numbers
     first, stop = text.split(":")
@@ -245,7 +245,7 @@ def chosen_rows(text: str) -> range:
 
 def main(expected: str) -> int:
     """Prints the table; 1 if any row deviates or fails."""
-    numbers = chosen_rows(expected)
+    numbers = chosen_rows(expected, len(rows()))
     print(
         f"{len(numbers)} of {len(rows())} rows; tolerances {LOSS_TOLERANCE}, {FIRST_NORM_TOLERANCE}, {NORM_TOLERANCE}"
     )

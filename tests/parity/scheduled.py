@@ -1,8 +1,8 @@
 """Layouts of pipelines with several stages a rank, on at most 8 ranks.
 
-    python -m tests.parity.scheduled
+    python -m tests.parity.scheduled 120:192
 
-runs all of them and prints a table with the deviation of each from one process.
+runs those rows, or all of them without a range, and prints a table with the deviation of each from one process.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from megatron.config.derived.pipe_layout import CHUNKS
 from megatron.pipe_schedule.layout import PipeLayout
-from tests.parity.matrix import MODELS, MOST_RANKS, TINY, Comparison, Row
+from tests.parity.matrix import MODELS, MOST_RANKS, TINY, Comparison, Row, chosen_rows
 
 TOGETHER = 24
 """Rows that are trained in one world."""
@@ -86,20 +86,22 @@ def covering() -> tuple[tuple[ScheduledRow, str], ...]:
     return tuple(chosen)
 
 
-def main() -> int:
+def main(expected: str) -> int:
     """Prints the table; 1 if any row deviates."""
+    numbers = chosen_rows(expected, len(rows()))
     failed = 0
     with tempfile.TemporaryDirectory(prefix="parity-") as folder:
         comparison = Comparison(Path(folder))
-        for number, (row, model) in enumerate(rows()):
-            if number % TOGETHER == 0:
-                comparison.train_together(rows()[number : number + TOGETHER])
+        for position, number in enumerate(numbers):
+            if position % TOGETHER == 0:
+                comparison.train_together([rows()[other] for other in numbers[position : position + TOGETHER]])
+            row, model = rows()[number]
             difference = comparison.of(row, model)
             failed += not difference.good
-            print(f"{row!s:66} {model:6} {difference}{'' if difference.good else '  FAILED'}", flush=True)
-    print(f"{len(rows()) - failed} rows agree with one process, {failed} do not")
+            print(f"{number:4}  {row!s:66} {model:6} {difference}{'' if difference.good else '  FAILED'}", flush=True)
+    print(f"{len(numbers) - failed} rows agree with one process, {failed} do not")
     return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1] if len(sys.argv) > 1 else ""))
