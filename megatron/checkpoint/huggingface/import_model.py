@@ -78,16 +78,16 @@ def adopt(
         flags["seq_length"] = settings["max_position_embeddings"]
     flags |= {**(further or {}), "model_parallel_size": model_size}
     config = resolve([], flags, Resources(model_size)).config
-    dims = ModelDims.of(config.model, config.moe, config.mixers)
+    dims = plain = ModelDims.of(config.model, config.moe, config.mixers)
     beside = None if adapter is None else read_adapter(adapter, folder, dims)
     if beside is not None:
-        settings |= {"lora": beside.block}
-        config = resolve([], {**flags, "lora": beside.block}, Resources(model_size)).config
+        settings |= beside.settings
+        config = resolve([], {**flags, **beside.settings}, Resources(model_size)).config
         dims = ModelDims.of(config.model, config.moe, config.mixers)
     own = {} if beside is None else beside.tensors
-    rows = padded_vocab_size(folder.rows, 1, model_size)
+    rows = padded_vocab_size(settings["vocab_size"], 1, model_size)
     table = tensors(dims, rows)
-    weights = folder.weights(dims)
+    weights = folder.weights(plain)
 
     def full_tensor(shape: TensorShape) -> Tensor:
         shards = [own[key_of(shape)]] if key_of(shape) in own else weights.shards(key_of(shape))

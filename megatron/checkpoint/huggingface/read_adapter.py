@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from megatron.errors import ConfigError, RunError
 from megatron.param_table import DOWN, MAGNITUDE, UP, ModelDims
 
 PREFIX = "base_model.model."
+_COPIES = ("modules_to_save.", "original_module.")
+"""What peft's names of a trained copy of a module, and of what was there before, have before the name of a tensor."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +51,17 @@ class PeftAdapter:
     """What `lora` says of them."""
     tensors: Mapping[str, Tensor]
     """Our key -> values; matrices that were trained beside them too."""
+    rows: int | None = None
+    """Of embedding and output layer, where these have more than the model's [tokens]."""
+    untied: bool = False
+    """Whether these are two matrices where the model has one for both."""
 
     @property
-    def block(self) -> dict[str, Any]:
-        """The value of the key `lora`."""
-        return self.low_rank.block()
+    def settings(self) -> dict[str, Any]:
+        """What it changes of the keys of the model."""
+        changes: dict[str, Any] = {"lora": self.low_rank.block()}
+        changes |= {} if self.rows is None else {"vocab_size": self.rows}
+        return {**changes, **({"no_weight_tying": True} if self.untied else {})}
 
 
 def read_adapter(path: Path, folder: Folder, dims: ModelDims) -> PeftAdapter:
@@ -78,7 +86,7 @@ def read_adapter(path: Path, folder: Folder, dims: ModelDims) -> PeftAdapter:
         for module, row in table.items()
         if module.partition(".")[2] in MODULES and row.joined is None and row.written
     }
-    saved = _saved(folder, dims, named)
+    saved = _saved(folder, dims, named, settings)
     if named:
         what = f"updates that have no place here: {', '.join(sorted(named)[:8])}"
         hint = "these may be adapted: " + ", ".join(TARGETS) + "; merge others into the model with peft"
@@ -86,11 +94,17 @@ def read_adapter(path: Path, folder: Folder, dims: ModelDims) -> PeftAdapter:
     found = {module: parts for module, parts in modules.items() if parts}
     if not found:
         raise RunError.of("it has no low-rank update", location=str(path))
-    asked = _low_rank(found, settings, tuple(name for name in SAVED if name in saved))
+    rows = _added_rows(path, saved, folder, tied=dims.tied)
+    asked = _low_rank(found, settings, saved.names)
     targets = set(asked.modules())
     shapes = {module: row for module, row in table.items() if module.partition(".")[2] in targets}
     values = dict(_factors(shapes, modules, asked, folder))
-    return PeftAdapter(asked, values | {key: tensor for tensors in saved.values() for key, tensor in tensors.items()})
+    keys = {EMBEDDING: "0.word_embeddings.weight", HEAD: f"{dims.num_layers + 4}.final_linear.weight"}
+    values |= {keys[name]: tensor for name, tensor in saved.tensors.items()}
+    if saved.untied:  # the one that was not trained is that of the model
+        for key in keys.values() - values.keys():
+            values |= {key: folder.weights(dims).shards(keys[EMBEDDING])[0]}
+    return PeftAdapter(asked, values, rows, saved.untied)
 
 
 def _settings(path: Path) -> PeftSettings:
@@ -186,21 +200,70 @@ def _stored(name: str, folder: Folder) -> str:
     return name if name in folder.tensors else name.removeprefix(folder.family.prefix)
 
 
-def _saved(folder: Folder, dims: ModelDims, named: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Takes embedding and output layer out of `named`: our name of each -> our key -> values."""
+@dataclass(frozen=True)
+class _Saved:
+    """Embedding and output layer of an adapter."""
+
+    tensors: Mapping[str, Tensor]
+    """Our name of each -> values."""
+    names: tuple[str, ...]
+    """Those that were trained."""
+    untied: bool = False
+    """Whether they are two matrices where the model has one for both."""
+
+
+def _saved(folder: Folder, dims: ModelDims, named: dict[str, Tensor], settings: PeftSettings) -> _Saved:
+    """Takes embedding and output layer out of `named`.
+
+    Beside its trained copy a module may have what was there before, which peft keeps where rows were added.
+    """
     keys = {"0.word_embeddings.weight": EMBEDDING, f"{dims.num_layers + 4}.final_linear.weight": HEAD}
-    found: dict[str, dict[str, Tensor]] = {}
-    for row in folder.rows_of(dims):
+    found: dict[str, Tensor] = {}
+    replaced, before = set(), dict[str, Tensor]()
+    for row in folder.rows_of(replace(dims, tied=False)):
         name = keys.get(row.ours)
         if name is None:
             continue
         for theirs in HEADS if row.theirs[0] in HEADS else row.theirs:
-            if theirs in named:
-                found[name] = {row.ours: named.pop(theirs)}
-    if dims.tied and EMBEDDING in found:
-        for head in HEADS:
-            copy = named.pop(head, None)
-            if copy is not None and not copy.equal(found[EMBEDDING]["0.word_embeddings.weight"]):
-                what = f"{head} is another matrix than the embedding, and the model has one for both"
-                raise RunError.of(what, hint="import the model with tie_word_embeddings: false")
-    return found
+            module = theirs.removesuffix(".weight")
+            own, copy, earlier = (named.pop(f"{module}.{part}weight", None) for part in ("", *_COPIES))
+            if own is not None and copy is not None and not own.equal(copy):
+                raise RunError.of(f"{theirs} and {module}.{_COPIES[0]}weight are other matrices")
+            values = own if own is not None else copy
+            if values is not None:
+                found[name] = values
+                replaced |= {name} if settings.replaces(folder.family.module_name(module)) else set()
+            if earlier is not None:
+                before[name] = earlier
+    names = tuple(name for name in SAVED if name in found)
+    if not dims.tied or not names:
+        return _Saved(found, names)
+    if len(names) == 1 and not replaced:  # peft writes it over the one matrix that is both
+        return _Saved({EMBEDDING: found[names[0]]}, (EMBEDDING,))
+    if len(names) > 1 and found[EMBEDDING].equal(found[HEAD]):
+        return _Saved({EMBEDDING: found[EMBEDDING]}, (EMBEDDING,))
+    if folder.family.encoder_decoder:
+        what = "the adapter has trained one of embedding and output layer alone, which are one matrix here"
+        raise RunError.of(what, hint="train it with ensure_weight_tying: true, or merge it into an untied model")
+    shared = {name: values for values in before.values() for name in SAVED}  # what was both before
+    return _Saved({**shared, **found}, names, untied=True)
+
+
+def _added_rows(path: Path, saved: _Saved, folder: Folder, *, tied: bool) -> int | None:
+    """Returns the rows of embedding and output layer where the adapter has more than the model; None where it has not.
+
+    RunError where one matrix has others than the other, or than the model.
+    """
+    rows = {name: len(values) for name, values in saved.tensors.items()}
+    if all(size == folder.rows for size in rows.values()):
+        return None
+    asked = (EMBEDDING,) if tied and not saved.untied else SAVED
+    sizes = {name: rows.get(name, folder.rows) for name in asked}
+    if len(set(sizes.values())) > 1 or min(sizes.values()) < folder.rows:
+        counted = " and ".join(f"{size:,} rows of the {name}" for name, size in sizes.items())
+        raise RunError.of(
+            f"with the adapter there are {counted}, and the model has {folder.rows:,}",
+            location=str(path),
+            hint="give the model the rows that it had in training, by resize_token_embeddings, and save it",
+        )
+    return max(sizes.values())

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron.checkpoint.huggingface.import_model import adopt
 from megatron.checkpoint.huggingface.model_folder import Folder
-from megatron.checkpoint.huggingface.peft_adapter import export_adapter
+from megatron.checkpoint.huggingface.peft_adapter import WEIGHTS, export_adapter
 from megatron.checkpoint.load.stored_model import open_model
 from megatron.config import Resources, resolve
 from megatron.distributed.mesh import Topology
@@ -25,6 +25,7 @@ from tests.checkpoint.huggingface.models import VOCABULARY, make, save, tokens
 from tools import convert_from_hf
 
 LLAMA = "llama, grouped, biases"
+TIED = "llama, wide heads, tied"
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "queries and values": (LLAMA, {"r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "v_proj"]}),
@@ -59,6 +60,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "some blocks": (LLAMA, {"r": 4, "target_modules": ["o_proj"], "layers_to_transform": [1]}),
     "turned, joint": ("gpt2", {"r": 4, "target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
     "joint": ("neox", {"r": 4, "lora_alpha": 2, "target_modules": ["query_key_value", "dense_h_to_4h"]}),
+    "an embedding that was tied": (TIED, {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}),
+    "an output layer that was tied": ("gpt2", {"r": 4, "target_modules": ["c_fc"], "modules_to_save": ["lm_head"]}),
+    "two matrices that were tied": (
+        TIED,
+        {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+    ),
+    "tied matrices": (
+        TIED,
+        {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    ),
     "trained matrices": (
         LLAMA,
         {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
@@ -80,12 +91,15 @@ def write(name: str, folder: Path, **settings: Any) -> Tensor:
     return logits
 
 
-def ours(folder: Path, model_size: int = 1) -> Tensor:
+def ours(
+    folder: Path, model_size: int = 1, *, of: Tensor | None = None, adapter: str = "adapter", to: str = "ours"
+) -> Tensor:
     """Imports both and returns our logits."""
-    made = adopt(Folder.open(folder / "theirs"), folder / "ours", adapter=folder / "adapter", model_size=model_size)
-    keys = {**made.settings, "load": str(folder / "ours"), "seq_length": 24, "user_script": "generate.py"}
+    made = adopt(Folder.open(folder / "theirs"), folder / to, adapter=folder / adapter, model_size=model_size)
+    keys = {**made.settings, "load": str(folder / to), "seq_length": 24, "user_script": "generate.py"}
     config = resolve([], keys, Resources(1)).config.for_inference()
-    return build_inference_engine(config, Topology.single(), VOCABULARY).logits(tokens())
+    engine = build_inference_engine(config, Topology.single(), made.settings["vocab_size"])
+    return engine.logits(tokens() if of is None else of)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -95,6 +109,56 @@ def test_logits_are_those_of_peft(case: str, tmp_path: Path) -> None:
     with torch.no_grad():
         assert not torch.allclose(expected, make(name)(tokens()).logits, atol=1e-2), "the adapter changes something"
     torch.testing.assert_close(ours(tmp_path, 2 if case == "all" else 1), expected, rtol=1e-4, atol=2e-5)
+
+
+ADDED: dict[str, tuple[str, list[str] | None]] = {
+    "both": (LLAMA, ["embed_tokens", "lm_head"]),
+    "one of two that were tied": (TIED, ["embed_tokens"]),
+    "rows that were added and not trained": (TIED, None),
+}
+
+
+@pytest.mark.parametrize("case", ADDED)
+def test_rows_of_added_tokens_come_with_the_adapter(case: str, tmp_path: Path) -> None:
+    """As peft writes them for a model that was given rows: with what was there before beside what was trained."""
+    name, saved = ADDED[case]
+    save(name, tmp_path / "theirs")
+    base = make(name)
+    base.resize_token_embeddings(VOCABULARY + 3, mean_resizing=False)
+    settings = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=saved, task_type="CAUSAL_LM")
+    model = get_peft_model(base, settings)
+    draws = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad or len(parameter) == VOCABULARY + 3:
+                parameter.add_(torch.randn(parameter.shape, generator=draws) * 0.2)
+        if saved != ["embed_tokens", "lm_head"]:  # old rows of the model stay
+            for module in (base.get_input_embeddings(), base.get_output_embeddings()):
+                weight = getattr(module, "original_module", module).weight
+                weight[:VOCABULARY] = make(name).get_input_embeddings().weight
+        inputs = tokens().where(tokens() > 4, tokens() % 3 + VOCABULARY)
+        expected = model.eval()(inputs).logits
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    assert any("original_module" in key for key in load_file(tmp_path / "adapter" / WEIGHTS)) == bool(saved)
+    torch.testing.assert_close(ours(tmp_path, of=inputs), expected, rtol=1e-4, atol=2e-5)
+    export_adapter(open_model(tmp_path / "ours" / "global_step0"), tmp_path / "back", tokens=VOCABULARY + 3)
+    again = ours(tmp_path, of=inputs, adapter="back", to="again")
+    torch.testing.assert_close(again, expected, rtol=1e-4, atol=2e-5)
+
+
+def test_other_rows_of_one_matrix_are_refused(tmp_path: Path) -> None:
+    write(LLAMA, tmp_path, r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    path = tmp_path / "adapter" / WEIGHTS
+    stored = load_file(path)
+    stored["base_model.model.model.embed_tokens.weight"] = torch.ones(VOCABULARY + 2, 64)
+    save_file(stored, path)
+    reported = f"there are {VOCABULARY + 2} rows of the embedding and {VOCABULARY} rows of the head.*resize_token_embed"
+    with pytest.raises(RunError, match=f"(?s){reported}"):
+        ours(tmp_path)
+    stored["base_model.model.model.embed_tokens.modules_to_save.weight"] = torch.zeros(VOCABULARY, 64)
+    save_file(stored, path)
+    with pytest.raises(RunError, match=r"embed_tokens\.weight and .*modules_to_save\.weight are other matrices"):
+        ours(tmp_path)
 
 
 def test_absent_settings_are_those_of_peft(tmp_path: Path) -> None:
