@@ -18,7 +18,7 @@ from megatron.engine.builder import build_training_engine
 from megatron.param_table import ModelDims, tensors
 from tests.options import LAYERS, Keys
 
-VOCABULARY, LENGTH, STEPS, SAVED = 64, 24, 5, 2
+VOCABULARY, LENGTH, STEPS, SAVED = 64, 24, 3, 1
 BASE: Keys = {
     "num_layers": LAYERS,
     "hidden_size": 64,

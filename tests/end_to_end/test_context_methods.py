@@ -14,7 +14,7 @@ from megatron.engine.builder import build_training_engine, init_topology
 from tests.end_to_end.runs import BASE, make_documents, run, run_all, series
 from tests.multi_rank import run_distributed
 
-SHORT = {"train_iters": 6, "eval_interval": 3, "eval_iters": 1, "num_layers": 2, "save": None}
+SHORT = {"train_iters": 3, "eval_interval": 3, "eval_iters": 1, "num_layers": 2, "save": None}
 DOCUMENTS = {"reset_attention_mask": True, "reset_position_ids": True}
 MODELS: dict[str, dict[str, Any]] = {
     "one key head": {"num_kv_heads": 1},
@@ -161,7 +161,7 @@ def test_logits_are_in_the_order_of_the_sequence(layout: dict[str, Any]) -> None
 
 def test_a_run_goes_on_with_another_method(dataset: str, tmp_path: Path) -> None:
     """Checkpoints do not depend on who shared the sequences: Ulysses, then a ring, then one process."""
-    keys = {"data_path": dataset, **SHORT, "extra_save_iters": [2, 4], "lr_decay_iters": 6}
+    keys = {"data_path": dataset, **SHORT, "train_iters": 6, "extra_save_iters": [2, 4], "lr_decay_iters": 6}
     alone = run(1, tmp_path / "alone", **keys)
     stages: list[tuple[int, dict[str, Any]]] = [
         (2, {"context_parallel_size": 2}),

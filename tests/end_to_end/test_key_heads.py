@@ -12,7 +12,7 @@ from tests.end_to_end.runs import run_all, series
 MODEL: dict[str, Any] = {
     "num_layers": 2,
     "num_kv_heads": 2,
-    "train_iters": 8,
+    "train_iters": 4,
     "eval_interval": 4,
     "use_qk_layernorm": True,
 }

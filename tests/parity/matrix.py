@@ -178,8 +178,9 @@ class Tolerance:
 class Comparison:
     """Runs layouts on one data set and compares them with one process, which runs once for each model and depth."""
 
-    def __init__(self, folder: Path, steps: int = TINY["train_iters"]) -> None:
-        self._folder, self._steps = folder, steps
+    def __init__(self, folder: Path, steps: int = TINY["train_iters"], evaluations: int = 2) -> None:
+        """Writes the data. evaluations: in those steps, the last one behind them."""
+        self._folder, self._steps, self._evaluations = folder, steps, evaluations
         tokens, labels = make_documents(folder)
         self._data = {"data_path": str(folder / "text")}
         self._labelled = {
@@ -218,7 +219,7 @@ class Comparison:
 
     def _train(self, ranks: int, runs: Mapping[Any, tuple[str, dict[str, Any]]]) -> None:
         """Trains models, one after the other in one world."""
-        length = {"train_iters": self._steps, "eval_interval": self._steps // 2}
+        length = {"train_iters": self._steps, "eval_interval": self._steps // self._evaluations}
         cases = {
             key: TINY | length | (self._labelled if model == LABELLED else self._data) | MODELS[model] | settings
             for key, (model, settings) in runs.items()

@@ -17,7 +17,7 @@ def comparison(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
 
 @pytest.fixture(scope="module")
 def covered(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
-    found = Comparison(tmp_path_factory.mktemp("covered"), steps=4)
+    found = Comparison(tmp_path_factory.mktemp("covered"), steps=3, evaluations=1)
     found.train_together(covering())
     return found
 
