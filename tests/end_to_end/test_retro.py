@@ -60,6 +60,18 @@ def make_texts(folder: Path, documents: int = 60) -> str:
     return str(folder / "text")
 
 
+def make_repeats(folder: Path, passages: int) -> str:
+    """Documents of eight chunks; the six in the middle are also those of one other document."""
+    generator = np.random.default_rng(3)
+    letters = np.frombuffer(LETTERS.encode(), np.uint8)
+    shared = generator.choice(letters, (passages, 6, CHUNK))
+    with DatasetWriter(folder / "text", np.dtype(np.uint16)) as writer:
+        for number in generator.permutation(np.repeat(np.arange(passages), 2)):
+            first, last = generator.choice(letters, (2, 1, CHUNK))
+            writer.add_document(np.concatenate([first, shared[number], last]).flatten().astype(np.uint16))
+    return str(folder / "text")
+
+
 def make_encoder(folder: Path) -> str:
     """A small BERT over letters, with random weights."""
     folder.mkdir()
@@ -192,3 +204,22 @@ def test_neighbors_of_other_samples_are_refused(made: dict[str, Any], tmp_path: 
     assert facts["train"]["samples"] == MODEL["train_iters"] * MODEL["train_batch_size"]
     with pytest.raises(ConfigError, match="it has no neighbours"):
         resolve([], train_settings(made, retro_project_dir=str(tmp_path)), Resources(1))
+
+
+@pytest.mark.long
+def test_repeated_passages_cost_less_with_neighbors(tmp_path: Path) -> None:
+    """Of random letters a language model learns their frequencies alone, and a neighbour tells six chunks of eight."""
+    steps = {"train_iters": 400, "eval_interval": 400, "eval_iters": 20, "log_interval": 50, "train_batch_size": 16}
+    sizes = {"seq_length": 64, "max_position_embeddings": 64, "num_layers": 2, "hidden_size": 64, "pos_emb": "learned"}
+    settings = {**MODEL, **steps, **sizes, "retro_cross_attention_layers": [0, 1], "init_method_std": 0.1}
+    settings |= {"retro_encoder_hidden_dropout": 0.0, "retro_encoder_attention_dropout": 0.0, "split": "99,1,0"}
+    settings |= {"optimizer": {"type": "Adam", "params": {"lr": 3.0e-3}}, "gradient_clipping": 1.0, "weight_decay": 0.0}
+    paths = {"retro_embedder": make_encoder(tmp_path / "bert"), "retro_project_dir": str(tmp_path / "database")}
+    settings |= {**paths, "data_path": make_repeats(tmp_path, 4000), "retro_query_num_neighbors_save": 2}
+    run_distributed(build_rank, 2, {**settings, "log_dir": str(tmp_path / "logs")}, timeout=900)
+    own = train_settings(settings)
+    plain = {key: value for key, value in own.items() if not key.startswith("retro_")}
+    found = run_all(1, tmp_path / "runs", {"retro": own, "plain": plain}, timeout=900)
+    losses = {name: series(records, "validation/lm_loss")[-1] for name, records in found.items()}
+    assert losses["plain"] == pytest.approx(np.log(len(LETTERS)), rel=0.01)
+    assert losses["retro"] < 0.8 * losses["plain"]
