@@ -10,7 +10,12 @@ def main(config: Config) -> None:
     """Generates as the configuration says."""
     from megatron.inference.runner import generate
 
-    generate(config)
+    if config.model.retro_add_retriever:
+        from megatron.retrieval.retriever import with_retrieval
+
+        generate(config, with_retrieval)
+    else:
+        generate(config)
 
 
 if __name__ == "__main__":

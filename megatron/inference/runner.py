@@ -44,10 +44,12 @@ GENERATED = 64
 """New tokens of a text where `maximum_tokens` is left out [tokens]."""
 
 
-def generate(config: Config) -> None:
+def generate(config: Config, wrap: Callable[[Config, Engine, Tokenizer], Engine] | None = None) -> None:
     """Makes the texts that the configuration asks for. Collective over all ranks; rank 0 writes.
 
     Raises ConfigError before the model is loaded, RunError when the checkpoint cannot be used or nothing was generated.
+
+    config: of the model. wrap: returns the engine to generate with; the model's own unless given.
     """
     config = config.for_inference()
     section = config.generation
@@ -58,6 +60,7 @@ def generate(config: Config) -> None:
     contexts = _contexts(config, mode)
 
     def work(engine: Engine, tokenizer: Tokenizer, topology: Topology) -> None:
+        engine = engine if wrap is None else wrap(config, engine, tokenizer)
         generator = TextGenerator(engine, tokenizer, _settings(config))
         is_main_rank = topology.rank == 0
         if mode == batch_modes.INTERACTIVE:

@@ -7,7 +7,7 @@ of a neighbour, v padded vocabulary, t tensor-parallel degree.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,24 +56,51 @@ class RetroModel(nn.Module):
             targets: Labels and weights of the text; the loss is computed instead of logits.
             padding: None; a text has none.
         """
-        count = self.sizes.chunks(tokens.shape[1])
-        embedding, *layers, head = self.sequential
-        neighbors, text = tokens.split([rows := count * self.sizes.tokens_of_chunk, tokens.shape[1] - rows], dim=1)
-        hidden = embedding(text.contiguous())
-        context = self._embed(neighbors, count) if count else None
-        for layer in layers:
-            if context is None or not isinstance(layer, RetroBlock):
-                hidden = run_layers([layer], hidden, None, self.recompute)
-                continue
-            hidden = run_layers([layer], torch.cat((context, hidden)), None, self.recompute)
-            if layer.retro_encoder is not None:
-                context, hidden = hidden.split([rows, text.shape[1]])
-        output: Tensor = head(hidden) if targets is None else head(hidden, targets=targets)
-        return output
+        return run_retro(list(self.sequential), self.sizes, tokens, targets, self.recompute)
 
-    def _embed(self, neighbors: Tensor, count: int) -> Tensor:
-        """Neighbours [b, l k r] -> [k r l, b, h]; positions start at 0 in each."""
-        each = neighbors.unflatten(1, (count, self.sizes.neighbors, -1)).permute(2, 1, 0, 3)  # [k, l, b, r]
-        hidden = cast(EmbeddingLayer, self.sequential[0])(each.flatten(0, 2))  # [r, k l b, h]
-        together = hidden.unflatten(1, (*each.shape[:2], -1)).permute(1, 0, 2, 3, 4)  # [k, r, l, b, h]
-        return together.flatten(0, 2)
+
+def run_retro(
+    layers: Sequence[Any],
+    sizes: RetroDims,
+    tokens: Tensor,
+    targets: TokenTargets | None = None,
+    recompute: Recompute | None = None,
+) -> Tensor:
+    """Runs a model over neighbours and texts; the arguments are those of RetroModel.
+
+    Args:
+        layers: all layers of the model.
+        sizes: of chunks and neighbours.
+        tokens: token ids [b, l k r + s].
+        targets: labels and weights of the text, or None for logits.
+        recompute: recomputation of blocks, or None.
+    """
+    count = sizes.chunks(tokens.shape[1])
+    embedding, *others, head = layers
+    neighbors, text = tokens.split([rows := count * sizes.tokens_of_chunk, tokens.shape[1] - rows], dim=1)
+    hidden = embedding(text.contiguous())
+    context = _embedded(embedding, neighbors, sizes, count) if count else None
+    for layer in others:
+        if context is None or not isinstance(layer, RetroBlock):
+            hidden = run_layers([layer], hidden, None, recompute)
+            continue
+        hidden = run_layers([layer], torch.cat((context, hidden)), None, recompute)
+        if layer.retro_encoder is not None:
+            context, hidden = hidden.split([rows, text.shape[1]])
+    output: Tensor = head(hidden) if targets is None else head(hidden, targets=targets)
+    return output
+
+
+def _embedded(embedding: EmbeddingLayer, neighbors: Tensor, sizes: RetroDims, count: int) -> Tensor:
+    """Neighbours [b, l k r] -> [k r l, b, h]; positions start at 0 in each.
+
+    Args:
+        embedding: layer 0.
+        neighbors: token ids.
+        sizes: of chunks and neighbours.
+        count: l.
+    """
+    each = neighbors.unflatten(1, (count, sizes.neighbors, -1)).permute(2, 1, 0, 3)  # [k, l, b, r]
+    hidden: Tensor = embedding(each.flatten(0, 2))  # [r, k l b, h]
+    together = hidden.unflatten(1, (*each.shape[:2], -1)).permute(1, 0, 2, 3, 4)  # [k, r, l, b, h]
+    return together.flatten(0, 2)

@@ -19,14 +19,18 @@ from megatron.data.indexed.reader import IndexedDataset
 from megatron.data.retro import neighbors
 from megatron.data.retro.chunks import CHUNKS, ChunkDatabase, cut, owner_of
 from megatron.data.retro.neighbors import NeighborFile, fingerprint
+from megatron.errors import ConfigError
 from megatron.log import get_logger
 from megatron.param_table import RetroDims
 from megatron.ranks import Ranks
 from megatron.retrieval import embedding_file
 from megatron.retrieval.embedding_file import EmbeddingFile
 from megatron.retrieval.neighbors import nearest_elsewhere
-from megatron.retrieval.text_embedder import TextEmbedder
+from megatron.retrieval.text_embedder import KEY, TextEmbedder
 
+PROBE = "probe"
+SAME = 0.02
+"""Largest deviation of an embedding, as a share of its largest value, at which an encoder is the same."""
 EMBEDDINGS = "embeddings"
 """Folder of the embeddings of chunks."""
 
@@ -60,7 +64,6 @@ class RetroBuilder:
             "tokenizer": self.tokenizer[2],
             "data_paths": [os.path.abspath(dataset.prefix) for dataset, _ in self.sources],
             "documents": [[own.start, own.stop] for _, own in self.sources],
-            "embedder": [round(float(value), 4) for value in self.embedder.embed(["The quick brown fox."], 1)[0][:8]],
             **{
                 split: {"samples": count, "fingerprint": fingerprint(samples, count)}
                 for split, (samples, count) in self.splits.items()
@@ -71,7 +74,9 @@ class RetroBuilder:
         """Makes the files that a folder lacks. Raises ConfigError where it is the database of another run."""
         facts = self.facts()
         if (self.folder / neighbors.HEADER).exists():
-            neighbors.require_same(self.folder, neighbors.read_header(self.folder), facts)
+            found = neighbors.read_header(self.folder)
+            neighbors.require_same(self.folder, found, facts)
+            require_embedder(self.folder, found, self.embedder)
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         chunks = cut(self.sources, self.sizes.chunk)
@@ -82,7 +87,7 @@ class RetroBuilder:
         for split, (samples, count) in self.splits.items():
             of_sample = (samples.sample_length - 1) // self.sizes.chunk
             neighbors.create(self.folder, split, (count, of_sample, self.saved))
-        neighbors.write_header(self.folder, facts)
+        neighbors.write_header(self.folder, {**facts, PROBE: _probe(self.embedder)})
 
     def embed(self) -> None:
         """Embeds this rank's share of the chunks."""
@@ -117,9 +122,28 @@ class RetroBuilder:
 
     def _share(self, missing: Sequence[int], what: str) -> list[int]:
         ranks = Ranks.from_environment()
-        own = list(missing[ranks.rank :: ranks.world_size])
+        own = [block for block in missing if block % ranks.world_size == ranks.rank]  # others write while this reads
         get_logger(__name__).info("%d blocks of %s are left for this rank", len(own), what)
         return own
+
+
+def _probe(embedder: TextEmbedder) -> list[float]:
+    """The embedding of a text, which says whether an encoder is the same."""
+    return [float(value) for value in embedder.embed(["a b c"], 1)[0]]
+
+
+def require_embedder(folder: Path, facts: Mapping[str, Any], embedder: TextEmbedder) -> None:
+    """Raises ConfigError where a database was made with another encoder.
+
+    Args:
+        folder: of the database.
+        facts: of its `retro.json`.
+        embedder: of this run.
+    """
+    before, now = np.asarray(facts[PROBE]), np.asarray(_probe(embedder))
+    if before.shape != now.shape or np.abs(before - now).max() > SAME * np.abs(before).max():
+        what = f"the database in {folder} was made with another encoder"
+        raise ConfigError.of(what, key=KEY, value=None, hint="name the encoder that it was made with")
 
 
 def _owners_of(documents: set[Any], numbers: Mapping[str, int]) -> np.ndarray:

@@ -28,6 +28,7 @@ KNOW_CONFIG = (
     "megatron/training/mup/coord_check.py",
     "megatron/inference/runner.py",
     "megatron/evaluation/runner.py",
+    "megatron/retrieval/retriever.py",
     "megatron/retrieval/runner.py",
     "megatron/serving/server.py",
 )

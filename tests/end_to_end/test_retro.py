@@ -18,7 +18,15 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTo
 from megatron.config import Resources, resolve
 from megatron.data.indexed.reader import IndexedDataset
 from megatron.data.indexed.writer import DatasetWriter
+from megatron.engine.inference_forward import gather_vocabulary
 from megatron.errors import ConfigError
+from megatron.inference.batch_generation import TextGenerator
+from megatron.inference.generation_request import Settings
+from megatron.inference.runner import with_loaded_model
+from megatron.inference.sampling import Sampling
+from megatron.model.retro_model import run_retro
+from megatron.param_table import RetroDims
+from megatron.retrieval.retriever import with_retrieval
 from megatron.training.retro_setup import build_retro_database
 from tests.end_to_end.runs import BASE, run_all, series
 from tests.multi_rank import RankFailedError, run_distributed
@@ -72,13 +80,13 @@ def make_repeats(folder: Path, passages: int) -> str:
     return str(folder / "text")
 
 
-def make_encoder(folder: Path) -> str:
+def make_encoder(folder: Path, seed: int = 1) -> str:
     """A small BERT over letters, with random weights."""
     folder.mkdir()
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *(f"##{letter}" for letter in LETTERS)]
     (folder / "vocab.txt").write_text("\n".join(words))
     BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     BertModel(BertConfig(vocab_size=len(words), **sizes)).save_pretrained(folder)
     return str(folder)
@@ -192,6 +200,54 @@ def test_a_trained_model_goes_on_with_neighbors(made: dict[str, Any], tmp_path: 
         run_all(1, tmp_path / "refused", {"one": train_settings(made, load=save, override_lr_scheduler=True)})
 
 
+def logits_rank(rank: int, world_size: int, settings: dict[str, Any], text: torch.Tensor, joined: torch.Tensor) -> Any:
+    """Logits of a text whose neighbours are found, those with given ones, and the text that follows it."""
+    config = resolve([], {**settings, "user_script": "generate.py"}, Resources(world_size)).config.for_inference()
+    found: list[Any] = []
+
+    def work(engine: Any, tokenizer: Any, topology: Any) -> None:
+        finding = with_retrieval(config, engine, tokenizer)
+        found.append(finding.logits(text))
+        with torch.inference_mode():
+            given = run_retro(engine.stage.functions, RetroDims.of(config.model), joined)
+        found.append(gather_vocabulary(given, topology))
+        sampled = Settings(Sampling(temperature=0.0), 1, 9, MODEL["seq_length"], recompute=True)
+        found.extend(
+            each.length for each in TextGenerator(finding, tokenizer, sampled).continue_tokens(text.tolist(), [0])
+        )
+
+    with_loaded_model(config, work)
+    return found
+
+
+def test_a_text_goes_on_with_neighbors_that_are_found(made: dict[str, Any], tmp_path: Path) -> None:
+    saved = {"save": str(tmp_path / "save"), "checkpoint_factor": 4}
+    run_all(1, tmp_path / "run", {"one": train_settings(made, **saved)})
+    folder, tokens = Path(made["retro_project_dir"]), IndexedDataset(made["data_path"])
+    chunks, vectors = np.load(folder / "chunks.npy"), np.load(folder / "embeddings" / "vectors.npy")
+    picked = np.flatnonzero(chunks[:, 3] == CHUNK)[[3, 30]]  # a text of two chunks of the database and some tokens
+    text = np.concatenate([tokens.get(*chunks[number][1:]) for number in picked] + [tokens.get(3, 1, 3)])
+    rows = []
+    for number in picked:
+        distances = np.linalg.norm(vectors - vectors[number], axis=1)
+        for near in np.argsort(distances, kind="stable")[:2]:
+            _, document, first, _ = chunks[near].tolist()
+            own = tokens.get(document)[first : first + 2 * CHUNK]
+            rows.append(np.concatenate([own, np.full(2 * CHUNK - len(own), 256)]))
+    given = torch.from_numpy(text.astype(np.int64))[None]
+    joined = torch.cat((torch.from_numpy(np.concatenate(rows).astype(np.int64))[None], given), dim=1)
+    settings = {**train_settings(made, load=saved["save"], recompute=True), "retro_embedder": made["retro_embedder"]}
+    alone = run_distributed(logits_rank, 1, settings, given, joined)[0]
+    torch.testing.assert_close(alone[0], alone[1])
+    both = run_distributed(logits_rank, 2, {**settings, "model_parallel_size": 2}, given, joined)
+    other = make_encoder(tmp_path / "other", seed=2)
+    with pytest.raises(RankFailedError, match="was made with another encoder"):
+        run_distributed(logits_rank, 1, {**settings, "retro_embedder": other}, given, joined)
+    for rank in both:
+        torch.testing.assert_close(rank[0], alone[0], rtol=1e-5, atol=1e-5)
+        assert rank[2] == alone[2] == 9
+
+
 def test_neighbors_of_other_samples_are_refused(made: dict[str, Any], tmp_path: Path) -> None:
     for changed, named in (
         ({"seed": 7}, "train"),
@@ -208,7 +264,7 @@ def test_neighbors_of_other_samples_are_refused(made: dict[str, Any], tmp_path: 
 
 @pytest.mark.long
 def test_repeated_passages_cost_less_with_neighbors(tmp_path: Path) -> None:
-    """Of random letters a language model learns their frequencies alone, and a neighbour tells six chunks of eight."""
+    """Of random letters a language model learns the frequencies alone; six chunks of eight are those of a neighbour."""
     steps = {"train_iters": 400, "eval_interval": 400, "eval_iters": 20, "log_interval": 50, "train_batch_size": 16}
     sizes = {"seq_length": 64, "max_position_embeddings": 64, "num_layers": 2, "hidden_size": 64, "pos_emb": "learned"}
     settings = {**MODEL, **steps, **sizes, "retro_cross_attention_layers": [0, 1], "init_method_std": 0.1}

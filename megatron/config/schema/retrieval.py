@@ -48,7 +48,7 @@ class RetrievalSection(Section):
         "reads.",
     )
     retro_embedder: str | None = key(
-        None, "Folder of the transformers encoder that tools/build_retro_database.py embeds chunks with."
+        None, "Folder of the transformers encoder that tools/build_retro_database.py and generate.py embed chunks with."
     )
     retro_query_num_neighbors_save: int = key(
         20, "Neighbours of each chunk that tools/build_retro_database.py stores.", unit="neighbours"

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron.config.config import Config
 from megatron.config.derived.fill import trains
-from megatron.config.derived.retro import BUILD_NEIGHBORS
+from megatron.config.derived.retro import BUILD_NEIGHBORS, GENERATE
 from megatron.config.validation.dependent_model_keys import DependentKeys
 from megatron.config.validation.encoder_decoder import RELATIVE
 from megatron.errors import ConfigIssue
@@ -132,32 +132,50 @@ def _unusable_layouts(config: Config) -> Iterator[tuple[str, Any, str]]:
 
 
 def neighbors_are_stored(config: Config) -> Iterator[ConfigIssue]:
-    """Training reads neighbours from a folder; the tool that makes them needs an encoder."""
-    section, script = config.retrieval, Path(str(config.launch.user_script)).name
+    """Training and generation read neighbours from a folder; finding them needs an encoder."""
+    section, script = config.retrieval, _script(config)
     builds = script == BUILD_NEIGHBORS
     if not config.model.retro_add_retriever:
         if builds:
             what, hint = f"{script} makes the neighbours of a model that retrieves", "set it to true"
             yield ConfigIssue(what, key="retro_add_retriever", value=False, hint=hint)
         return
-    if not trains(config.launch.user_script):
-        what = f"{script} reads texts that have no neighbours"
-        yield ConfigIssue(what, "retro_add_retriever", value=True, hint="training reports the loss on validation data")
+    if not trains(config.launch.user_script) and script != GENERATE:
+        what, hint = (
+            f"{script} reads texts that have no neighbours",
+            f"use {GENERATE}; training reports validation loss",
+        )
+        yield ConfigIssue(what, "retro_add_retriever", value=True, hint=hint)
         return
     if not section.retro_project_dir:
         yield ConfigIssue("a model that retrieves needs the folder of neighbours", key="retro_project_dir")
     elif not builds and not (Path(section.retro_project_dir) / "retro.json").is_file():
-        hint = f"run tools/{BUILD_NEIGHBORS} with this configuration first"
+        hint = f"run tools/{BUILD_NEIGHBORS} with the configuration of the training run first"
         yield ConfigIssue("it has no neighbours", "retro_project_dir", section.retro_project_dir, hint=hint)
-    if builds and not (section.retro_embedder and Path(section.retro_embedder).is_dir()):
+    if (builds or script == GENERATE) and not (section.retro_embedder and Path(section.retro_embedder).is_dir()):
         hint = "name a folder that transformers' save_pretrained wrote"
         yield ConfigIssue(f"{script} needs an encoder", "retro_embedder", section.retro_embedder, hint=hint)
     if builds and section.retro_query_num_neighbors_save < config.model.retro_num_neighbors:
         what = f"the model attends to {config.model.retro_num_neighbors}"
         yield ConfigIssue(what, "retro_query_num_neighbors_save", section.retro_query_num_neighbors_save)
+    yield from _without_cache(config)
+
+
+def _without_cache(config: Config) -> Iterator[ConfigIssue]:
     if config.evaluation.eval_tasks:
         what = "the texts of a task have no neighbours"
         yield ConfigIssue(what, key="eval_tasks", value=list(config.evaluation.eval_tasks), hint="leave it out")
+    if _script(config) != GENERATE:
+        return
+    if not config.generation.recompute:
+        what = "a model that retrieves stores nothing of earlier tokens"
+        yield ConfigIssue(what, key="recompute", value=False, hint="set recompute: true")
+    if config.generation.text_gen_type == "precompute":
+        yield ConfigIssue("it scores texts that have no neighbours", key="text_gen_type", value="precompute")
+
+
+def _script(config: Config) -> str:
+    return Path(str(config.launch.user_script)).name
 
 
 OF_RETRO: tuple[DependentKeys, ...] = (
@@ -171,8 +189,13 @@ OF_RETRO: tuple[DependentKeys, ...] = (
         "retro_add_retriever is off",
     ),
     DependentKeys(
-        ("retro_embedder", "retro_query_num_neighbors_save"),
-        lambda config: Path(str(config.launch.user_script)).name == BUILD_NEIGHBORS,
+        ("retro_embedder",),
+        lambda config: _script(config) in (BUILD_NEIGHBORS, GENERATE),
+        f"only tools/{BUILD_NEIGHBORS} and {GENERATE} read it",
+    ),
+    DependentKeys(
+        ("retro_query_num_neighbors_save",),
+        lambda config: _script(config) == BUILD_NEIGHBORS,
         f"only tools/{BUILD_NEIGHBORS} reads it",
     ),
 )
