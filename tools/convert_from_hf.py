@@ -53,6 +53,9 @@ from megatron.tokenizers.sentence_piece import SPMTokenizer
 from megatron.tokenizers.sentence_piece_json import is_unigram
 from megatron.tokenizers.tokenizer_config import retain_reading, unapplied_cleanup
 
+_OF_MODEL = (GENERATION, "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+"""Files that are copied with a tokenizer, and are the model's."""
+
 
 def parser() -> argparse.ArgumentParser:
     """Returns the parser of the command line."""
@@ -108,9 +111,10 @@ def main(arguments: list[str] | None = None) -> int:
         given = missing_keys(folder, shared=args.shared_encoder)
         if folder.passages is not None:
             require_same_tokenizer(folder.path, folder.passages.path)
-        refuse_other_tokenizer(folder.path, output / TOKENIZER)
+        source = _tokenizer_folder(folder.path, args.adapter)
+        refuse_other_tokenizer(source, output / TOKENIZER)
         generation = generation_of(folder.path, folder.config)
-        further = {**_tokenizer(folder.path, output / TOKENIZER, generation), **sampling(generation)}
+        further = {**_tokenizer(source, folder.path, output / TOKENIZER, generation), **sampling(generation)}
         further |= {} if args.mtp_num_layers is None else {"mtp_num_layers": args.mtp_num_layers}
         made = adopt(
             folder,
@@ -137,9 +141,17 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _tokenizer(source: Path, target: Path, generation: dict[str, Any]) -> dict[str, Any]:
+def _tokenizer_folder(model: Path, adapter: Path | None) -> Path:
+    """Returns where the tokenizer is: beside an adapter is the one that it was trained with, with added tokens."""
+    return adapter if adapter is not None and (adapter / TOKENIZER_FILE).is_file() else model
+
+
+def _tokenizer(source: Path, model: Path, target: Path, generation: dict[str, Any]) -> dict[str, Any]:
     """Copies the tokenizer's files and returns the keys that name it. Prints what is not supported."""
     names = copy_tokenizer(source, target)
+    for path in [each for pattern in _OF_MODEL for each in model.glob(pattern) if each.name not in names]:
+        shutil.copyfile(path, target / path.name)  # the tokenizer may be that of an adapter
+        names.append(path.name)
     retain_reading(source, target)
     if GENERATION not in names:
         write_generation(target, {name: generation.get(name) for name in IDS})

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron.adapter_config import EMBEDDING, HEAD, MODULES, SAVED, TARGETS, LowRank
+from megatron.checkpoint.format import files
 from megatron.checkpoint.huggingface import safetensors_format
 from megatron.checkpoint.huggingface.family import ModelFamily, TensorMapping
 from megatron.checkpoint.huggingface.model_folder import HEADS, Folder
@@ -26,6 +27,7 @@ from megatron.checkpoint.huggingface.peft_settings import CONFIG, PeftSettings
 from megatron.errors import ConfigError, RunError
 from megatron.param_table import DOWN, MAGNITUDE, UP, ModelDims
 
+OLD_WEIGHTS = "adapter_model.bin"
 PREFIX = "base_model.model."
 _COPIES = ("modules_to_save.", "original_module.")
 """What peft's names of a trained copy of a module, and of what was there before, have before the name of a tensor."""
@@ -108,16 +110,22 @@ def read_adapter(path: Path, folder: Folder, dims: ModelDims) -> PeftAdapter:
 
 
 def _settings(path: Path) -> PeftSettings:
-    if not (path / CONFIG).is_file() or not (path / WEIGHTS).is_file():
-        what = f"it holds no {CONFIG} with {WEIGHTS}"
+    if not (path / CONFIG).is_file() or not any((path / name).is_file() for name in (WEIGHTS, OLD_WEIGHTS)):
+        what = f"it holds no {CONFIG} with {WEIGHTS} or {OLD_WEIGHTS}"
         raise ConfigError.of(what, location=str(path), hint="give a folder that peft's save_pretrained wrote")
     return PeftSettings.read(path)
 
 
 def _named(path: Path) -> dict[str, Tensor]:
-    """Its tensors by the names of the model's."""
-    reader = safetensors_format.Reader(path / WEIGHTS)
-    return {name.removeprefix(PREFIX): reader.tensor(name) for name in reader.names()}
+    """Its tensors by the names of the model's. RunError where a file of early releases holds anything else."""
+    if (path / WEIGHTS).is_file():
+        reader = safetensors_format.Reader(path / WEIGHTS)
+        found = {name: reader.tensor(name) for name in reader.names()}
+    else:
+        found = files.read_tensors(path / OLD_WEIGHTS)
+    if not isinstance(found, dict) or not all(isinstance(values, Tensor) for values in found.values()):
+        raise RunError.of("this file holds no tensors by name", location=str(path / OLD_WEIGHTS))
+    return {name.removeprefix(PREFIX): values for name, values in found.items()}
 
 
 def _updates_of(
