@@ -38,7 +38,7 @@ def write_text(path: Path, documents: int = 40) -> None:
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def run(command: list[str], cwd: Path, **environment: str) -> str:
+def run(command: list[str], cwd: Path, seconds: float = 400, **environment: str) -> str:
     """Runs a command to its end, which must be a good one; returns what it printed on both outputs."""
     done = subprocess.run(
         command,
@@ -47,7 +47,7 @@ def run(command: list[str], cwd: Path, **environment: str) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=400,
+        timeout=seconds,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-4000:]
