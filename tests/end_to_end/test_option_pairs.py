@@ -125,7 +125,12 @@ _AROUND: Factors = {
     "window": [{}, {"sliding_window_width": 7}],
     "bounds": FACTORS["bounds"],
 }
-LATENT_FACTORS: Factors = {"latents": _LATENT_KINDS, **_AROUND, "layout": [TENSOR, PIPELINE]}
+LATENT_FACTORS: Factors = {
+    "latents": _LATENT_KINDS,
+    **_AROUND,
+    "bounds": [bounds for bounds in FACTORS["bounds"] if "softmax_type" not in bounds],
+    "layout": [TENSOR, PIPELINE],
+}
 _DELTA: Keys = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
@@ -184,17 +189,39 @@ def pairs_of(choice: Choice, factors: Factors) -> set[tuple[tuple[str, int], tup
     return set(itertools.combinations(((name, choice[name]) for name in factors if name in choice), 2))
 
 
+def keys_of(choice: Choice, factors: Factors) -> Keys:
+    keys = dict(BASE)
+    for name, values in factors.items():
+        if name != "layout" and name in choice:
+            keys |= values[choice[name]]
+    return keys
+
+
+def refused(choice: Choice, factors: Factors) -> bool:
+    """Whether no run may have this: experts share one activation, and latent attention sums its keys alone."""
+    keys = keys_of(choice, factors)
+    learns = keys.get("activation") == "xielu" and "moe_num_experts" in keys
+    return learns or ("multi_latent_attention" in keys and "softmax_type" in keys)
+
+
+def every_pair(factors: Factors) -> set[tuple[tuple[str, int], tuple[str, int]]]:
+    """The pairs of settings that a run may have."""
+    every = [[(name, at) for at in range(len(values))] for name, values in factors.items()]
+    pairs = {pair for first, second in itertools.combinations(every, 2) for pair in itertools.product(first, second)}
+    return {pair for pair in pairs if not refused(dict(pair), factors)}
+
+
 def covering(factors: Factors) -> list[Choice]:
     """Choices that hold every pair of settings: each begins with a pair that is missing and adds the most of others."""
-    every = [[(name, at) for at in range(len(values))] for name, values in factors.items()]
-    missing = {pair for first, second in itertools.combinations(every, 2) for pair in itertools.product(first, second)}
+    missing = every_pair(factors)
     chosen: list[Choice] = []
     while missing:
         choice: Choice = dict(min(missing))
         for name, values in factors.items():
             if name not in choice:
-                gains = [len(pairs_of({**choice, name: at}, factors) & missing) for at in range(len(values))]
-                best = [at for at, gain in enumerate(gains) if gain == max(gains)]
+                allowed = [at for at in range(len(values)) if not refused({**choice, name: at}, factors)]
+                gains = {at: len(pairs_of({**choice, name: at}, factors) & missing) for at in allowed}
+                best = [at for at, gain in gains.items() if gain == max(gains.values())]
                 choice[name] = best[len(chosen) % len(best)]
         chosen.append(choice)
         missing -= pairs_of(choice, factors)
@@ -205,20 +232,14 @@ CHOICES = {table: covering(factors) for table, (factors, _) in TABLES.items()}
 GROUPS = [(table, first) for table, choices in CHOICES.items() for first in range(0, len(choices), GROUP)]
 
 
-def keys_of(choice: Choice, factors: Factors) -> Keys:
-    keys = dict(BASE)
-    for name, values in factors.items():
-        if name != "layout":
-            keys |= values[choice[name]]
-    return keys
-
-
 @pytest.mark.parametrize("table", TABLES)
 def test_every_pair_is_held(table: str) -> None:
     factors, least = TABLES[table]
     held = set().union(*(pairs_of(choice, factors) for choice in CHOICES[table]))
+    assert held == every_pair(factors)
+    assert not any(refused(choice, factors) for choice in CHOICES[table])
     sizes = [len(values) for values in factors.values()]
-    assert len(held) == sum(first * second for first, second in itertools.combinations(sizes, 2))
+    assert len(held) >= 0.9 * sum(first * second for first, second in itertools.combinations(sizes, 2))
     assert len(CHOICES[table]) >= least
 
 

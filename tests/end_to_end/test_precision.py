@@ -111,10 +111,11 @@ def test_offload_changes_no_loss(offload: dict[str, Any], dataset: str, fp32: li
     assert series(records, "train/lm_loss") == pytest.approx(fp32[:8], rel=1e-5)
 
 
+@pytest.mark.system
 @pytest.mark.long
 @pytest.mark.parametrize("parameters", [False, True])
 def test_offload_to_a_disk_changes_no_loss(parameters: bool, dataset: str, fp32: list[float], tmp_path: Path) -> None:
-    """Through DeepSpeed's asynchronous reads and writes, which are compiled here and need libaio's headers."""
+    """Through DeepSpeed's asynchronous reads and writes, compiled here against libaio (Debian: libaio-dev)."""
     position = {"device": "nvme", "nvme_path": str(tmp_path)}
     block = {"stage": 3, "offload_optimizer": position, **({"offload_param": position} if parameters else {})}
     records = run(2, tmp_path, data_path=dataset, zero_optimization=block, timeout=1500)
