@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron.retrieval.search import ROWS, best
+from megatron.retrieval.search import QUESTIONS, ROWS, best
 
 
 def nearest_elsewhere(
@@ -19,7 +19,8 @@ def nearest_elsewhere(
 ) -> np.ndarray:
     """Returns the numbers of the nearest chunks by Euclidean distance, the nearest first, int32 [q, k]; -1 for none.
 
-    Embeddings that are not numbers are near nothing. Of two chunks of the same distance the first one comes first.
+    Embeddings that are not numbers are near nothing. Which of several chunks of the same distance are found is not
+    determined where there are more of them than places.
 
     Args:
         questions: embeddings in fp32 [q, d].
@@ -32,15 +33,30 @@ def nearest_elsewhere(
     scores, numbers = questions.new_empty(len(questions), 0), questions.new_empty(len(questions), 0).long()
     for start in range(0, len(vectors), ROWS):
         block = torch.from_numpy(np.array(vectors[start : start + ROWS], np.float32)).to(questions.device)
-        near = 2 * questions @ block.t() - block.square().sum(1)  # the square of the question is the same for all
-        near = near.nan_to_num(nan=-torch.inf)
-        for group, documents in enumerate(left_out):
-            hidden = torch.from_numpy(np.isin(owners[start : start + ROWS], documents)).to(near.device)
-            near[group * each : (group + 1) * each].masked_fill_(hidden, -torch.inf)
-        found = near.topk(min(count, len(block)))
-        scores = torch.cat([scores, found.values], 1)
-        numbers = torch.cat([numbers, found.indices + start], 1)
+        groups = max(1, QUESTIONS // each)
+        found = [
+            _near(questions[first * each :][: groups * each], block, owners[start : start + ROWS],
+                  left_out[first : first + groups]).topk(min(count, len(block)))
+            for first in range(0, len(left_out), groups)
+        ]  # fmt: skip
+        scores = torch.cat([scores, torch.cat([one.values for one in found])], 1)
+        numbers = torch.cat([numbers, torch.cat([one.indices for one in found]) + start], 1)
         scores, numbers = best(scores, numbers, count)
     numbers = numbers.masked_fill(scores == -torch.inf, -1)
     filled = torch.nn.functional.pad(numbers, (0, count - numbers.shape[1]), value=-1)
     return filled.to(torch.int32).cpu().numpy()
+
+
+def _near(questions: Tensor, block: Tensor, owners: np.ndarray, left_out: Sequence[np.ndarray]) -> Tensor:
+    """Returns how near the chunks of a block are, [q, n]: the squared distance less that of the question to 0, negated.
+
+    Args:
+        questions: [q, d].
+        block: [n, d].
+        owners: [n].
+        left_out: as for nearest_elsewhere.
+    """
+    near = (2 * questions @ block.t() - block.square().sum(1)).nan_to_num_(nan=-torch.inf)
+    for own, documents in zip(near.chunk(len(left_out)), left_out, strict=True):
+        own.masked_fill_(torch.from_numpy(np.isin(owners, documents)).to(near.device), -torch.inf)
+    return near

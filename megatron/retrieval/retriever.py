@@ -13,9 +13,9 @@ from torch import Tensor
 
 from megatron.config import Config
 from megatron.config.validation.unknown_values import require
-from megatron.data.indexed.reader import IndexedDataset
 from megatron.data.retro import neighbors
-from megatron.data.retro.chunks import KEY, ChunkDatabase
+from megatron.data.retro.chunks import KEY, ChunkDatabase, open_files
+from megatron.distributed.process_group import device
 from megatron.engine.engine import Engine
 from megatron.engine.inference_engine import InferenceEngine
 from megatron.engine.retro import RetroEngine
@@ -58,8 +58,8 @@ class Retriever:
         if stored.missing:
             what = f"{len(stored.missing)} blocks of its chunks have no embeddings yet"
             raise ConfigError.of(what, key=KEY, value=str(folder), hint=neighbors.HINT)
-        datasets = [IndexedDataset(path) for path in facts["data_paths"]]
-        self._database, self._vectors = ChunkDatabase(folder, datasets, tokenizer.eod), stored.vectors
+        self._database = ChunkDatabase(folder, open_files(folder, facts), tokenizer.eod)
+        self._vectors = stored.vectors
         self._owners, self._tokenizer = self._database.owners(), tokenizer
         self._found: dict[bytes, np.ndarray] = {}
 
@@ -78,7 +78,7 @@ class Retriever:
 
     def _search(self, new: dict[bytes, np.ndarray]) -> None:
         texts = [self._tokenizer.decode(row[row != self._tokenizer.eod].tolist()) for row in new.values()]
-        questions = torch.from_numpy(self._embedder.embed(texts, BATCH))
+        questions = torch.from_numpy(self._embedder.embed(texts, BATCH)).to(device())
         found = nearest_elsewhere(questions, self._vectors, self._owners, [NO_DOCUMENTS], self._sizes.neighbors)
         self._found.update(zip(new, found, strict=True))
 

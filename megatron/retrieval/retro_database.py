@@ -6,6 +6,7 @@ Ranks take blocks of chunks, then blocks of samples; what a folder already has i
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,12 @@ import numpy as np
 import torch
 
 from megatron.atomic import atomic_path
-from megatron.data.indexed.reader import IndexedDataset
+from megatron.data.dataset.data_order import token_digest
+from megatron.data.indexed.reader import IndexedDataset, bin_path
 from megatron.data.retro import neighbors
 from megatron.data.retro.chunks import CHUNKS, ChunkDatabase, cut, owner_of
 from megatron.data.retro.neighbors import NeighborFile, fingerprint
+from megatron.distributed.process_group import device
 from megatron.errors import ConfigError
 from megatron.log import get_logger
 from megatron.param_table import RetroDims
@@ -63,6 +66,7 @@ class RetroBuilder:
             "saved": self.saved,
             "tokenizer": self.tokenizer[2],
             "data_paths": [os.path.abspath(dataset.prefix) for dataset, _ in self.sources],
+            "digests": [token_digest(dataset) for dataset, _ in self.sources],
             "documents": [[own.start, own.stop] for _, own in self.sources],
             **{
                 split: {"samples": count, "fingerprint": fingerprint(samples, count)}
@@ -82,6 +86,7 @@ class RetroBuilder:
         chunks = cut(self.sources, self.sizes.chunk)
         with atomic_path(self.folder / CHUNKS) as temporary, temporary.open("wb") as file:
             np.save(file, chunks)
+        shutil.rmtree(self.folder / EMBEDDINGS, ignore_errors=True)  # of a database without its facts
         of_chunks = {"passages": len(chunks), "width": self.embedder.width, "dtype": "float32"}
         embedding_file.create(self.folder / EMBEDDINGS, of_chunks)
         for split, (samples, count) in self.splits.items():
@@ -99,7 +104,8 @@ class RetroBuilder:
         """Finds the neighbours of this rank's share of the samples, in documents that a sample has no tokens of."""
         database, vectors = self._database(), EmbeddingFile(self.folder / EMBEDDINGS, writes=False).vectors
         owners = database.owners()
-        numbers = {dataset.prefix: number for number, (dataset, _) in enumerate(self.sources)}
+        files = {file_of(dataset): number for number, (dataset, _) in enumerate(self.sources)}
+        numbers: dict[str, int | None] = {}  # of data sets by their prefix; None for one that is not in the database
         for split, (samples, _) in self.splits.items():
             stored = NeighborFile(self.folder, split, writes=True)
             for block in self._share(stored.missing, f"samples of {split}"):
@@ -108,8 +114,11 @@ class RetroBuilder:
                 for row, number in zip(tokens, own, strict=True):
                     samples.read(number, row)
                 chunks = tokens[:, :-1].reshape(-1, self.sizes.chunk)
-                left_out = [_owners_of(samples.documents(number), numbers) for number in own]
-                questions = torch.from_numpy(self._vectors(list(chunks)))
+                documents = [samples.documents(number) for number in own]
+                for dataset in {origin.source.tokens for each in documents for origin in each}:
+                    numbers.setdefault(dataset.prefix, files.get(file_of(dataset)))
+                left_out = [_owners_of(each, numbers) for each in documents]
+                questions = torch.from_numpy(self._vectors(list(chunks))).to(device())
                 found = nearest_elsewhere(questions, vectors, owners, left_out, self.saved)
                 stored.write(block, found.reshape(len(own), -1, self.saved))
 
@@ -146,9 +155,14 @@ def require_embedder(folder: Path, facts: Mapping[str, Any], embedder: TextEmbed
         raise ConfigError.of(what, key=KEY, value=None, hint="name the encoder that it was made with")
 
 
-def _owners_of(documents: set[Any], numbers: Mapping[str, int]) -> np.ndarray:
+def file_of(dataset: IndexedDataset) -> str:
+    """Returns the path of a token file behind links, which is one for all names that it has."""
+    return os.path.realpath(bin_path(dataset.prefix))
+
+
+def _owners_of(documents: set[Any], numbers: Mapping[str, int | None]) -> np.ndarray:
     """Returns the numbers of documents in the database; those of other data sets are not in it."""
-    pairs = [(numbers[origin.source.tokens.prefix], origin.document) for origin in documents
-             if origin.source.tokens.prefix in numbers]  # fmt: skip
+    named = [(numbers[origin.source.tokens.prefix], origin.document) for origin in documents]
+    pairs = [(number, document) for number, document in named if number is not None]
     sources, own = (np.array(values, np.int64) for values in zip(*pairs, strict=True)) if pairs else (np.empty(0),) * 2
     return owner_of(sources, own)

@@ -13,7 +13,7 @@ from megatron.distributed.process_group import device
 from megatron.errors import ConfigError
 
 LONGEST = 256
-"""Most tokens of a text that the encoder reads, as in Megatron-LM."""
+"""Most tokens of a text that the encoder reads, as in Megatron-LM; fewer where it has fewer positions."""
 KEY = "retro_embedder"
 
 
@@ -22,7 +22,7 @@ class TextEmbedder:
 
     def __init__(self, folder: Path) -> None:
         """Loads a folder. Raises ConfigError where transformers cannot read it as an encoder."""
-        from transformers import AutoModel, AutoTokenizer
+        from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoModel, AutoTokenizer
 
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -30,10 +30,13 @@ class TextEmbedder:
         except (OSError, ValueError, KeyError, ImportError) as error:
             what = f"transformers cannot read it: {error}"
             raise ConfigError.of(what, key=KEY, value=str(folder)) from None
-        if model.config.is_encoder_decoder or getattr(model.config, "is_decoder", False):
+        if type(model.config) not in MODEL_FOR_MASKED_LM_MAPPING or getattr(model.config, "is_decoder", False):
             what = f"{type(model).__name__} is no encoder"
             raise ConfigError.of(what, key=KEY, value=str(folder), hint="name a BERT, RoBERTa or another encoder")
         self._model = model.eval().to(device())
+        positions = getattr(model.config, "max_position_embeddings", None) or LONGEST
+        first = getattr(model.embeddings, "padding_idx", None)  # RoBERTa's positions begin behind that of padding
+        self._longest = min(LONGEST, positions if first is None else positions - first - 1)
         self.width = int(model.config.hidden_size)
 
     @torch.inference_mode()
@@ -44,7 +47,7 @@ class TextEmbedder:
             texts: of which the first tokens are read.
             batch: texts of one pass; texts of about the same length are in one, so that few tokens are padding.
         """
-        rows = self._tokenizer(list(texts), truncation=True, max_length=LONGEST, return_special_tokens_mask=True)
+        rows = self._tokenizer(list(texts), truncation=True, max_length=self._longest, return_special_tokens_mask=True)
         order = sorted(range(len(texts)), key=lambda number: len(rows["input_ids"][number]))
         found = np.empty((len(texts), self.width), np.float32)
         for start in range(0, len(order), batch):

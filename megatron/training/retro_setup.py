@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron.checkpoint.save.saver import Counters
 from megatron.config import Config
 from megatron.config.validation.unknown_values import require
-from megatron.data.dataset.sources import read_splits
+from megatron.data.dataset.sources import DataSource, read_splits
+from megatron.data.indexed.reader import IndexedDataset
 from megatron.data.retro.neighbors import NeighborFile
 from megatron.distributed.process_group import any_rank, barrier
 from megatron.engine.builder import init_topology
 from megatron.errors import ConfigError, RunError
 from megatron.param_table import RetroDims
 from megatron.ranks import Ranks
-from megatron.retrieval.retro_database import RetroBuilder
+from megatron.retrieval.retro_database import RetroBuilder, file_of
 from megatron.retrieval.text_embedder import TextEmbedder
 from megatron.tokenizers import build_tokenizer
 from megatron.training.data_setup import build_run_data, num_samples, run_tokenizer, train_iters, with_length
@@ -41,7 +43,7 @@ def build_retro_database(config: Config) -> None:
     embedder = TextEmbedder(Path(require(config.retrieval.retro_embedder)))
     builder = RetroBuilder(
         folder=Path(require(config.retrieval.retro_project_dir)),
-        sources=[(source.dataset, source.documents) for source in splits[0].sources],
+        sources=_each_file_once(splits[0].sources),
         splits={name: (loader.samples, counts[name]) for name, loader in loaders.items() if loader is not None},
         sizes=sizes,
         saved=config.retrieval.retro_query_num_neighbors_save,
@@ -60,6 +62,14 @@ def build_retro_database(config: Config) -> None:
         stored = {split: NeighborFile(builder.folder, split, writes=False) for split in builder.splits}
         shapes = ", ".join(f"{split} {' x '.join(map(str, each.rows.shape))}" for split, each in stored.items())
         print(f"neighbours in {builder.folder}: {shapes} (samples x chunks x neighbours)", flush=True)
+
+
+def _each_file_once(sources: Sequence[DataSource]) -> list[tuple[IndexedDataset, range]]:
+    """Returns the token files of a split, one that a blend names twice once, each with its documents."""
+    found: dict[str, tuple[IndexedDataset, range]] = {}
+    for source in sources:
+        found.setdefault(file_of(source.dataset), (source.dataset, source.documents))
+    return list(found.values())
 
 
 def _on_rank_0(builder: RetroBuilder, rank: int) -> None:

@@ -9,6 +9,7 @@ import pytest
 from tests.config.retro import BUILDS, DATABASE, RETRO
 from tests.config.small import errors, resolved
 
+SETS = {f"{split}_data_paths": ["a", "b"] for split in ("train", "valid", "test")}
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"retro_chunk_length": 12}, "a sequence of 32 tokens does not divide into chunks"),
     ({"retro_chunk_length": 0}, "it must be at least 1"),
@@ -30,6 +31,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"reset_attention_mask": True}, "a chunk may hold the end of one document"),
     ({"pack_impl": "unpacked"}, "neighbours are those of joined documents"),
     ({"checkpoint_activations": True, "checkpoint_num_layers": 2}, "inputs of two kinds"),
+    ({"valid_loss_per_set": True, "data_path": None, **SETS}, "samples of one validation set"),
+    ({"pos_emb": "learned", "retro_chunk_length": 32}, "a neighbour has 64 tokens, and there are 32 positions"),
     ({"mtp_num_layers": 1}, "its modules would have no neighbours"),
     ({"user_script": "evaluate.py"}, "evaluate.py reads texts that have no neighbours"),
     ({"user_script": "generate.py", "retro_embedder": DATABASE}, "stores nothing of earlier tokens"),

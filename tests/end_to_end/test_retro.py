@@ -15,7 +15,10 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
+from megatron.checkpoint.huggingface.export_model import export
+from megatron.checkpoint.load.stored_model import open_model
 from megatron.config import Resources, resolve
+from megatron.data.dataset.builder import build_data
 from megatron.data.indexed.reader import IndexedDataset
 from megatron.data.indexed.writer import DatasetWriter
 from megatron.engine.inference_forward import gather_vocabulary
@@ -49,7 +52,8 @@ MODEL: dict[str, Any] = {
 LAYOUTS = {
     "tensor 2": {"model_parallel_size": 2},
     "data 2, ZeRO 1": {"zero_optimization": {"stage": 1}},
-    "data 2, ZeRO 3": {"zero_optimization": {"stage": 3}},
+    "data 2, ZeRO 2": {"zero_optimization": {"stage": 2}},
+    "data 2, ZeRO 3": {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}},
 }
 
 
@@ -107,6 +111,25 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return settings
 
 
+def test_neighbors_of_validation_samples_are_of_other_documents_by_any_name(
+    made: dict[str, Any], tmp_path: Path
+) -> None:
+    for suffix in (".bin", ".idx"):
+        (tmp_path / f"link{suffix}").symlink_to(f"{made['data_path']}{suffix}")
+    named = {"train_data_paths": [made["data_path"]], "valid_data_paths": [str(tmp_path / "link")]}
+    steps = {"train_iters": 1, "eval_interval": 1, "retro_project_dir": str(tmp_path / "database")}
+    settings = {**{key: value for key, value in made.items() if key != "data_path"}, **named, **steps}
+    run_distributed(build_rank, 1, {**settings, "log_dir": str(tmp_path)})
+    chunks, found = (np.load(tmp_path / "database" / f"{name}.npy") for name in ("chunks", "neighbors_valid"))
+    texts = IndexedDataset(made["data_path"])
+    assert len(chunks) == sum(-(-int(size) // CHUNK) for size in texts.sizes)
+    config = resolve([], {**train_settings(settings), "retro_add_retriever": False}, Resources(1)).config
+    samples = read_samples(config, train=8, valid=len(found))["valid"]
+    for number, neighbors in enumerate(found):
+        own = {origin.document for origin in samples.documents(number)}
+        assert not own & set(chunks[neighbors.flatten(), 1].tolist())
+
+
 def train_settings(made: dict[str, Any], **more: Any) -> dict[str, Any]:
     own = {key: value for key, value in made.items() if key not in ("retro_embedder", "log_dir")}
     return {**{key: value for key, value in own.items() if key != "retro_query_num_neighbors_save"}, **more}
@@ -130,7 +153,7 @@ def test_neighbors_are_those_of_other_documents_that_numpy_finds(made: dict[str,
     vectors = np.stack([vector(text) for text in texts])
     assert found.shape == (MODEL["train_iters"] * MODEL["train_batch_size"], MODEL["seq_length"] // CHUNK, SAVED)
     splits = resolve([], {**train_settings(made), "retro_add_retriever": False}, Resources(1)).config
-    samples = training_samples(splits)
+    samples = read_samples(splits, train=len(found))["train"]
     for number in (0, 7, 31):
         sample = np.empty(MODEL["seq_length"] + 1, np.int64)
         samples.read(number, sample)
@@ -143,16 +166,13 @@ def test_neighbors_are_those_of_other_documents_that_numpy_finds(made: dict[str,
             np.testing.assert_allclose(np.linalg.norm(vectors[neighbors] - vector(chunk), axis=1), best, rtol=1e-4)
 
 
-def training_samples(config: Any) -> Any:
-    """The samples of the training split, as a run reads them."""
-    from megatron.data.dataset.builder import build_data
-
-    count = MODEL["train_iters"] * MODEL["train_batch_size"]
+def read_samples(config: Any, *, train: int, valid: int = 16) -> dict[str, Any]:
+    """The samples of training and validation, as a run reads them."""
     sizes = {"seq_length": MODEL["seq_length"], "seed": config.training.seed, "micro_batch": 8, "eod": 256}
     ranks = {"data_rank": 0, "data_size": 1, "is_builder": True, "barrier": lambda: None}
-    data = build_data(config.data, **sizes, **ranks, train_samples=count, valid_samples=16, test_samples=8)
-    assert data.train is not None
-    return data.train.samples
+    data = build_data(config.data, **sizes, **ranks, train_samples=train, valid_samples=valid, test_samples=8)
+    assert data.train is not None and data.valid is not None
+    return {"train": data.train.samples, "valid": data.valid.samples}
 
 
 def test_every_layout_trains_as_one_process(made: dict[str, Any], tmp_path: Path) -> None:
@@ -243,6 +263,10 @@ def test_a_text_goes_on_with_neighbors_that_are_found(made: dict[str, Any], tmp_
     other = make_encoder(tmp_path / "other", seed=2)
     with pytest.raises(RankFailedError, match="was made with another encoder"):
         run_distributed(logits_rank, 1, {**settings, "retro_embedder": other}, given, joined)
+    with pytest.raises(RankFailedError, match="retro_num_neighbors = 1"):
+        run_distributed(logits_rank, 1, {**settings, "retro_num_neighbors": 1}, given, joined)
+    with pytest.raises(ConfigError, match="transformers has no attention to neighbours"):
+        export(open_model(Path(saved["save"])), tmp_path / "theirs")
     for rank in both:
         torch.testing.assert_close(rank[0], alone[0], rtol=1e-5, atol=1e-5)
         assert rank[2] == alone[2] == 9

@@ -127,6 +127,8 @@ def _misfits(family: ModelFamily, model: ModelSection, moe: MoeSection, mixers: 
     if family.encoder_decoder != (model.encoder_num_layers is not None):
         what = f"a model of the family {family.name} has {'an encoder' if family.encoder_decoder else 'one stack'}"
         errors.append(ConfigIssue(what, key="encoder_num_layers", value=model.encoder_num_layers))
+    if model.retro_add_retriever:
+        errors.append(ConfigIssue("transformers has no attention to neighbours", key="retro_add_retriever", value=True))
     known = family.mixers.kinds if family.mixers else frozenset()
     others = sorted((set(map(str, model.attention_config or ())) & WITHOUT_ATTENTION) - known)
     if others:

@@ -49,6 +49,10 @@ def _mamba2(values: Values) -> bool:
     return "mamba2" in (values["attention_config"] or ())
 
 
+def _retrieves(values: Values) -> bool:
+    return bool(values.get("retro_add_retriever"))
+
+
 _MODEL: dict[str, Concerned] = {
     "num_attention_heads": _attends,
     "num_kv_heads": _attends,
@@ -90,6 +94,7 @@ _MODEL: dict[str, Concerned] = {
     "moe_router_topk_scaling_factor": _experts,
     **dict.fromkeys(("mamba_num_groups", "mamba_state_dim", "mamba_dt_limit", "mamba_norm_before_gate"), _mamba2),
     **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim"), _deltas),
+    **dict.fromkeys(("retro_chunk_length", "retro_num_neighbors", "retro_num_retrieved_chunks"), _retrieves),
     "lora": _always,
     "task_labels": lambda values: (values.get("num_classes") or 0) > 1,
 }
@@ -190,6 +195,8 @@ def _differing(keys: Mapping[str, Concerned], stored: Values, own: Values) -> It
         known = key in stored or (key in _LATER and "hidden_size" in stored)
         if not known or not concerns(own):
             continue
+        if concerns is _retrieves and not _retrieves(stored):
+            continue  # what reads neighbours is added, which tensors say
         if key == "lora":
             then, now = low_rank(stored[key]), low_rank(own[key])
             if then and now and then.rank == now.rank and then.scale != now.scale:  # another rank: other tensors

@@ -35,6 +35,10 @@ def chunks_fill_sequences(config: Config) -> Iterator[ConfigIssue]:
     if model.seq_length and model.retro_chunk_length > 0 and model.seq_length % model.retro_chunk_length:
         what = f"a sequence of {model.seq_length} tokens does not divide into chunks of it"
         yield ConfigIssue(what, key="retro_chunk_length", value=model.retro_chunk_length, hint="use a divisor")
+    tokens = model.retro_chunk_length * model.retro_num_retrieved_chunks
+    if "embedding" in POSITIONS.entry(model.pos_emb).enters and tokens > (model.max_position_embeddings or tokens):
+        what = f"a neighbour has {tokens} tokens, and there are {model.max_position_embeddings} positions"
+        yield ConfigIssue(what, key="retro_num_retrieved_chunks", value=model.retro_num_retrieved_chunks)
     yield from _blocks(config)
 
 
@@ -125,6 +129,8 @@ def _unusable_layouts(config: Config) -> Iterator[tuple[str, Any, str]]:
     for name in ("reset_attention_mask", "reset_position_ids"):
         if getattr(data, name):
             yield name, True, "a chunk may hold the end of one document and the start of the next"
+    if data.valid_loss_per_set:
+        yield "valid_loss_per_set", True, "neighbours are those of the samples of one validation set"
     if data.pack_impl != "packed":
         yield "pack_impl", data.pack_impl, "neighbours are those of joined documents"
     if config.checkpoint.checkpoint_validation_with_forward_pass:

@@ -6,13 +6,15 @@ of a document may be shorter). A neighbour is a chunk and what follows it in its
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from megatron.data.dataset.data_order import token_digest
 from megatron.data.indexed.reader import IndexedDataset
-from megatron.errors import RunError
+from megatron.errors import ConfigError, RunError
 
 CHUNKS = "chunks.npy"
 KEY = "retro_project_dir"
@@ -35,6 +37,19 @@ def cut(datasets: Sequence[tuple[IndexedDataset, range]], chunk: int) -> np.ndar
         length = np.minimum(chunk, sizes[owner] - first)
         parts.append(np.stack([np.full_like(owner, number), owner + documents.start, first, length], axis=1))
     return np.concatenate(parts)
+
+
+def open_files(folder: Path, facts: Mapping[str, Any]) -> list[IndexedDataset]:
+    """Returns the token files of a database. Raises ConfigError where they are no longer those that it was made of.
+
+    folder: of the database. facts: of its `retro.json`.
+    """
+    found = [IndexedDataset(path) for path in facts["data_paths"]]
+    for dataset, digest in zip(found, facts["digests"], strict=True):
+        if token_digest(dataset) != digest:
+            what = f"{dataset.prefix} has other tokens than when its chunks were cut"
+            raise ConfigError.of(what, key=KEY, value=str(folder), hint="build another database")
+    return found
 
 
 class ChunkDatabase:

@@ -17,8 +17,7 @@ from megatron.data.dataset.batch import MicroBatch
 from megatron.data.dataset.gpt_dataset import Samples
 from megatron.data.dataset.loader import BatchLoader
 from megatron.data.dataset.sampler import BatchSampler
-from megatron.data.indexed.reader import IndexedDataset
-from megatron.data.retro.chunks import KEY, ChunkDatabase
+from megatron.data.retro.chunks import KEY, ChunkDatabase, open_files
 from megatron.data.retro.neighbors import HINT, NeighborFile, fingerprint, read_header, require_same
 from megatron.errors import ConfigError
 from megatron.param_table import RetroDims
@@ -66,8 +65,7 @@ class RetroData:
             what = f"{stored.rows.shape[2]} neighbours of a chunk are stored"
             hint = "lower it, or build another database"
             raise ConfigError.of(what, key="retro_num_neighbors", value=self.sizes.neighbors, hint=hint)
-        datasets = [IndexedDataset(path) for path in facts["data_paths"]]
-        database = ChunkDatabase(self.folder, datasets, self.eod)
+        database = ChunkDatabase(self.folder, open_files(self.folder, facts), self.eod)
         return RetroLoader(samples, sampler, neighbors=(stored, database, self.sizes), eod=self.eod, **settings)
 
 
