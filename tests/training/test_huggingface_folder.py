@@ -48,13 +48,15 @@ def test_a_model_of_no_family_ends_the_run_before_it_starts(dataset: str, tmp_pa
 
 def test_a_program_that_fails_is_one_line_and_the_next_one_runs(tmp_path: Path) -> None:
     code = (
-        "import sys, pathlib; sys.exit('no room') if sys.argv[1].endswith('2') else pathlib.Path(sys.argv[2]).mkdir()"
+        "import sys, pathlib, time\nwhile not pathlib.Path(sys.argv[1]).with_name('go').exists(): time.sleep(0.01)\n"
+        "sys.exit('no room') if sys.argv[1].endswith('2') else pathlib.Path(sys.argv[2]).mkdir()"
     )
     said: list[str] = []
     programs = FolderPrograms([sys.executable, "-c", code], 2, "copies", said.append)
     for number in (1, 2, 4):
         programs.send(tmp_path / f"global_step{number}")
     assert [path.name for path in programs.pending()] == ["global_step4", "global_step2"]
+    (tmp_path / "go").touch()
     programs.finish()
     assert programs.pending() == []
     assert said == ["no copies folder for global_step2: no room"]
