@@ -1,20 +1,19 @@
 """Embeddings of a corpus on disk: `vectors.npy` [passages, d], `done.npy` [blocks] and `index.json`.
 
-`index.json` says what the vectors were made of and by. Ranks write blocks of passages of their own into the same file,
-so a folder for several hosts is one that they share. A block is marked when its vectors are on disk; what is missing
-is embedded when the same command runs again.
+`index.json` says what the vectors were made of and by. Ranks fill the file by blocks of passages.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron.atomic import atomic_path
+from megatron.data.indexed.marked_rows import MarkedRows, create_rows
 from megatron.errors import ConfigError, RunError
 
 KEY = "embedding_path"
@@ -22,10 +21,12 @@ VECTORS, DONE, HEADER = "vectors.npy", "done.npy", "index.json"
 VERSION = 1
 BLOCK = 1024
 """Passages that are marked together."""
+SAME = 0.02
+"""Largest deviation of an embedding, as a share of its largest value, at which a model is the same."""
 
 
-class EmbeddingFile:
-    """The vectors of a folder."""
+class EmbeddingFile(MarkedRows):
+    """The vectors of a folder, which are its rows."""
 
     def __init__(self, folder: Path, *, writes: bool) -> None:
         """Opens a folder. Raises RunError where it has no embeddings, or their size is another one.
@@ -35,32 +36,13 @@ class EmbeddingFile:
             writes: open it for writing.
         """
         self.facts = header(folder)
-        mode: Any = "r+" if writes else "r"
         try:
-            self.vectors = np.load(folder / VECTORS, mmap_mode=mode)
-            self._done = np.load(folder / DONE, mmap_mode=mode)
+            super().__init__(folder / VECTORS, folder / DONE, block=BLOCK, writes=writes)
         except (OSError, ValueError) as error:
             raise RunError.of(f"the embeddings cannot be read: {error}", key=KEY, location=str(folder)) from None
-        if self.vectors.shape != (self.facts["passages"], self.facts["width"]):
-            what = f"{VECTORS} has the shape {list(self.vectors.shape)}, {HEADER} has another one"
+        if self.rows.shape != (self.facts["passages"], self.facts["width"]):
+            what = f"{VECTORS} has the shape {list(self.rows.shape)}, {HEADER} has another one"
             raise RunError.of(what, key=KEY, location=str(folder), hint="remove the folder and embed again")
-
-    @property
-    def missing(self) -> list[int]:
-        """Numbers of the blocks without vectors."""
-        return [int(block) for block in np.flatnonzero(self._done == 0)]
-
-    def passages(self, block: int) -> range:
-        """Returns the passages of a block."""
-        return range(block * BLOCK, min((block + 1) * BLOCK, len(self.vectors)))
-
-    def write(self, block: int, vectors: np.ndarray) -> None:
-        """Stores the vectors of a block [passages of the block, d], then marks it."""
-        own = self.passages(block)
-        self.vectors[own.start : own.stop] = vectors
-        self.vectors.flush()
-        self._done[block] = 1
-        self._done.flush()
 
 
 def header(folder: Path) -> dict[str, Any]:
@@ -74,6 +56,12 @@ def header(folder: Path) -> dict[str, Any]:
         what = f"its embeddings have the version {found.get('version')}, this program reads {VERSION}"
         raise RunError.of(what, key=KEY, location=str(folder), hint=hint)
     return found
+
+
+def is_same(before: Sequence[float], now: Sequence[float]) -> bool:
+    """Returns whether two embeddings of one text are those of the same model."""
+    one, other = np.asarray(before, np.float64), np.asarray(now, np.float64)
+    return one.shape == other.shape and not np.abs(one - other).max() > SAME * np.abs(one).max()
 
 
 def require_same(folder: Path, expected: Mapping[str, Any]) -> None:
@@ -101,9 +89,7 @@ def create(folder: Path, facts: Mapping[str, Any]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         shape = (facts["passages"], facts["width"])
-        np.lib.format.open_memmap(folder / VECTORS, "w+", np.dtype(facts["dtype"]), shape).flush()
-        blocks = (-(-facts["passages"] // BLOCK),)
-        np.lib.format.open_memmap(folder / DONE, "w+", np.dtype(np.uint8), blocks).flush()
+        create_rows(folder / VECTORS, folder / DONE, np.dtype(facts["dtype"]), shape, block=BLOCK)
         with atomic_path(folder / HEADER) as temporary:
             temporary.write_text(json.dumps({"version": VERSION, **facts}, indent=2) + "\n", encoding="utf-8")
     except OSError as error:

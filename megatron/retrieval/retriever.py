@@ -59,7 +59,7 @@ class Retriever:
             what = f"{len(stored.missing)} blocks of its chunks have no embeddings yet"
             raise ConfigError.of(what, key=KEY, value=str(folder), hint=neighbors.HINT)
         self._database = ChunkDatabase(folder, open_files(folder, facts), tokenizer.eod)
-        self._vectors = stored.vectors
+        self._vectors = stored.rows
         self._owners, self._tokenizer = self._database.owners(), tokenizer
         self._found: dict[bytes, np.ndarray] = {}
 

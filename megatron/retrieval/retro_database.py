@@ -32,8 +32,6 @@ from megatron.retrieval.neighbors import nearest_elsewhere
 from megatron.retrieval.text_embedder import KEY, TextEmbedder
 
 PROBE = "probe"
-SAME = 0.02
-"""Largest deviation of an embedding, as a share of its largest value, at which an encoder is the same."""
 EMBEDDINGS = "embeddings"
 """Folder of the embeddings of chunks."""
 
@@ -98,18 +96,18 @@ class RetroBuilder:
         """Embeds this rank's share of the chunks."""
         database, stored = self._database(), EmbeddingFile(self.folder / EMBEDDINGS, writes=True)
         for block in self._share(stored.missing, "chunks"):
-            stored.write(block, self._vectors([database.chunk(number) for number in stored.passages(block)]))
+            stored.write(block, self._vectors([database.chunk(number) for number in stored.numbers(block)]))
 
     def search(self) -> None:
         """Finds the neighbours of this rank's share of the samples, in documents that a sample has no tokens of."""
-        database, vectors = self._database(), EmbeddingFile(self.folder / EMBEDDINGS, writes=False).vectors
+        database, vectors = self._database(), EmbeddingFile(self.folder / EMBEDDINGS, writes=False).rows
         owners = database.owners()
         files = {file_of(dataset): number for number, (dataset, _) in enumerate(self.sources)}
         numbers: dict[str, int | None] = {}  # of data sets by their prefix; None for one that is not in the database
         for split, (samples, _) in self.splits.items():
             stored = NeighborFile(self.folder, split, writes=True)
             for block in self._share(stored.missing, f"samples of {split}"):
-                own = stored.samples(block)
+                own = stored.numbers(block)
                 tokens = np.empty((len(own), samples.sample_length), np.int64)
                 for row, number in zip(tokens, own, strict=True):
                     samples.read(number, row)
@@ -149,8 +147,7 @@ def require_embedder(folder: Path, facts: Mapping[str, Any], embedder: TextEmbed
         facts: of its `retro.json`.
         embedder: of this run.
     """
-    before, now = np.asarray(facts[PROBE]), np.asarray(_probe(embedder))
-    if before.shape != now.shape or np.abs(before - now).max() > SAME * np.abs(before).max():
+    if not embedding_file.is_same(facts[PROBE], _probe(embedder)):
         what = f"the database in {folder} was made with another encoder"
         raise ConfigError.of(what, key=KEY, value=None, hint="name the encoder that it was made with")
 

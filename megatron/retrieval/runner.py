@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,15 +20,16 @@ from megatron.config.validation.unknown_values import require
 from megatron.data.retrieval.answers import OpenQuestion, matcher, read_open_questions
 from megatron.data.retrieval.evidence import Evidence
 from megatron.distributed.mesh import Topology
-from megatron.distributed.process_group import any_rank, barrier
+from megatron.distributed.process_group import barrier
 from megatron.engine.engine import Engine
 from megatron.engine.inference_engine import InferenceEngine
-from megatron.errors import ConfigError, RunError
+from megatron.errors import ConfigError
 from megatron.inference.runner import with_loaded_model
 from megatron.log import get_logger
 from megatron.retrieval import embedding_file
 from megatron.retrieval.embedding_file import EmbeddingFile
 from megatron.retrieval.encoder import TextEncoder
+from megatron.retrieval.main_rank import on_main_rank
 from megatron.retrieval.search import nearest
 from megatron.tokenizer_info import describe_tokenizer
 from megatron.tokenizers.base import Tokenizer
@@ -39,8 +39,6 @@ from megatron.tokenizers.vocab_limit import full_tokenizer
 QUERIES, PASSAGES = 0, 1
 BATCH = 32
 """Texts of one pass where no batch size is given."""
-SAME = 0.02
-"""Largest deviation of an embedding, as a share of its largest value, at which a model is the same."""
 
 
 def embed_passages(config: Config) -> None:
@@ -56,12 +54,12 @@ def embed_passages(config: Config) -> None:
         encoder = _encoder(config, engine, tokenizer, PASSAGES)
         probe = _probe(encoder)
         facts = _facts(config, evidence, tokenizer, width=len(probe))
-        _on_main_rank(topology, lambda: _create(folder, facts, probe))
+        on_main_rank(lambda: _create(folder, facts, probe), folder=folder, key=embedding_file.KEY)
         stored = EmbeddingFile(folder, writes=True)
         blocks = stored.missing[topology.data.rank :: topology.data.size]
         barrier()  # every rank has read what is missing before one writes
         for done, block in enumerate(blocks):
-            rows = encoder.rows([_texts(evidence, number) for number in stored.passages(block)])
+            rows = encoder.rows([_texts(evidence, number) for number in stored.numbers(block)])
             vectors = encoder.embed_sorted(rows, _batch_size(config))
             if topology.model.is_first:
                 stored.write(block, vectors.cpu().numpy())
@@ -102,7 +100,7 @@ def search_passages(config: Config) -> None:
         for path, questions in files.items():
             rows = encoder.rows([("", question.text) for question in questions])
             vectors = encoder.embed_sorted(rows, _batch_size(config))
-            scores, numbers = nearest(vectors, stored.vectors, tops[-1], topology.data)
+            scores, numbers = nearest(vectors, stored.rows, tops[-1], topology.data)
             if topology.rank == 0:
                 own = _with_answers(questions, scores, numbers, evidence, section.retrieval_match)
                 record[path] = {"questions": len(questions), **_shares(own, tops)}
@@ -167,27 +165,11 @@ def _create(folder: Path, facts: Mapping[str, Any], probe: Sequence[float]) -> N
 
 def _require_model(folder: Path, probe: Sequence[float]) -> None:
     """Raises ConfigError where the embeddings of a folder are those of another model."""
-    before, now = (np.asarray(values, np.float64) for values in (embedding_file.header(folder)["probe"], probe))
-    if before.shape != now.shape or np.abs(before - now).max() > SAME * np.abs(before).max():
+    if not embedding_file.is_same(embedding_file.header(folder)["probe"], probe):
         hint = "load the checkpoint that they were made with, or name another folder"
         raise ConfigError.of(
             "its embeddings are those of another model", key=embedding_file.KEY, value=str(folder), hint=hint
         )
-
-
-def _on_main_rank(topology: Topology, action: Callable[[], None]) -> None:
-    """Calls an action on rank 0. Every rank raises its error, so that none waits for a file. Collective."""
-    error: ConfigError | RunError | None = None
-    if topology.rank == 0:
-        try:
-            action()
-        except (ConfigError, RunError) as raised:
-            error = raised
-    if error is not None:
-        any_rank(True)
-        raise error
-    if any_rank(False):
-        raise RunError.of("rank 0 cannot use the folder of embeddings", key=embedding_file.KEY)
 
 
 def _with_answers(

@@ -11,11 +11,10 @@ from megatron.config.validation.unknown_values import require
 from megatron.data.dataset.sources import DataSource, read_splits
 from megatron.data.indexed.reader import IndexedDataset
 from megatron.data.retro.neighbors import NeighborFile
-from megatron.distributed.process_group import any_rank, barrier
+from megatron.distributed.process_group import barrier
 from megatron.engine.builder import init_topology
-from megatron.errors import ConfigError, RunError
 from megatron.param_table import RetroDims
-from megatron.ranks import Ranks
+from megatron.retrieval.main_rank import on_main_rank
 from megatron.retrieval.retro_database import RetroBuilder, file_of
 from megatron.retrieval.text_embedder import TextEmbedder
 from megatron.tokenizers import build_tokenizer
@@ -51,14 +50,13 @@ def build_retro_database(config: Config) -> None:
         embedder=embedder,
         batch=config.evaluation.eval_batch_size or BATCH,
     )
-    rank = Ranks.from_environment().rank
-    _on_rank_0(builder, rank)
+    on_main_rank(builder.create, folder=builder.folder, key="retro_project_dir")
     barrier()
     builder.embed()
     barrier()
     builder.search()
     barrier()
-    if rank == 0:
+    if topology.rank == 0:
         stored = {split: NeighborFile(builder.folder, split, writes=False) for split in builder.splits}
         shapes = ", ".join(f"{split} {' x '.join(map(str, each.rows.shape))}" for split, each in stored.items())
         print(f"neighbours in {builder.folder}: {shapes} (samples x chunks x neighbours)", flush=True)
@@ -70,21 +68,3 @@ def _each_file_once(sources: Sequence[DataSource]) -> list[tuple[IndexedDataset,
     for source in sources:
         found.setdefault(file_of(source.dataset), (source.dataset, source.documents))
     return list(found.values())
-
-
-def _on_rank_0(builder: RetroBuilder, rank: int) -> None:
-    """Makes the files of the folder on rank 0; every rank ends where it cannot. Collective."""
-    error: ConfigError | RunError | OSError | None = None
-    if rank == 0:
-        try:
-            builder.create()
-        except (ConfigError, RunError, OSError) as raised:
-            error = raised
-    failed = any_rank(error is not None)
-    if isinstance(error, OSError):
-        where = str(builder.folder)
-        raise RunError.of(f"it cannot be written: {error.strerror}", key="retro_project_dir", location=where) from None
-    if error is not None:
-        raise error
-    if failed:
-        raise RunError.of("rank 0 cannot use the folder", key="retro_project_dir", location=str(builder.folder))

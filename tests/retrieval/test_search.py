@@ -46,11 +46,11 @@ def test_what_is_missing_is_known_and_other_embeddings_are_refused(
         EmbeddingFile(folder, writes=False)
     embedding_file.create(folder, FACTS)
     stored = EmbeddingFile(folder, writes=True)
-    assert stored.missing == [0, 1, 2] and stored.passages(2) == range(8, 10)
+    assert stored.missing == [0, 1, 2] and stored.numbers(2) == range(8, 10)
     stored.write(2, np.full((2, 3), 1.5))
     embedding_file.create(folder, FACTS)  # nothing written is lost
     again = EmbeddingFile(folder, writes=False)
-    assert again.missing == [0, 1] and again.vectors[8:].tolist() == [[1.5] * 3] * 2
+    assert again.missing == [0, 1] and again.rows[8:].tolist() == [[1.5] * 3] * 2
     for name, value in (("corpus", "other"), ("tokenizer", "u"), ("passages", 11)):
         with pytest.raises(ConfigError, match=f"made otherwise: {name}: "):
             embedding_file.create(folder, {**FACTS, name: value})

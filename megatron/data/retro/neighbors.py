@@ -17,6 +17,7 @@ import numpy as np
 
 from megatron.atomic import atomic_path
 from megatron.data.dataset.gpt_dataset import Samples
+from megatron.data.indexed.marked_rows import MarkedRows, create_rows
 from megatron.data.retro.chunks import KEY
 from megatron.errors import ConfigError, RunError
 
@@ -43,8 +44,8 @@ def fingerprint(samples: Samples, count: int) -> str:
     return found.hexdigest()[:16]
 
 
-class NeighborFile:
-    """The neighbours of a split."""
+class NeighborFile(MarkedRows):
+    """The neighbours of a split, a row a sample."""
 
     def __init__(self, folder: Path, split: str, *, writes: bool) -> None:
         """Opens the files. Raises RunError where there are none.
@@ -54,37 +55,20 @@ class NeighborFile:
             split: train, valid or test.
             writes: open them for writing.
         """
-        mode: Any = "r+" if writes else "r"
         try:
-            self.rows = np.load(folder / f"neighbors_{split}.npy", mmap_mode=mode)
-            self._done = np.load(folder / f"done_{split}.npy", mmap_mode=mode)
+            super().__init__(*_files(folder, split), block=BLOCK, writes=writes)
         except (OSError, ValueError) as error:
             what = f"there are no neighbours of the split {split}: {error}"
             raise RunError.of(what, key=KEY, location=str(folder), hint=HINT) from None
 
-    @property
-    def missing(self) -> list[int]:
-        """Numbers of the blocks of samples without neighbours."""
-        return [int(block) for block in np.flatnonzero(self._done == 0)]
-
-    def samples(self, block: int) -> range:
-        """Returns the samples of a block."""
-        return range(block * BLOCK, min((block + 1) * BLOCK, len(self.rows)))
-
-    def write(self, block: int, neighbors: np.ndarray) -> None:
-        """Stores the neighbours of a block [samples of the block, l, k], then marks it."""
-        own = self.samples(block)
-        self.rows[own.start : own.stop] = neighbors
-        self.rows.flush()
-        self._done[block] = 1
-        self._done.flush()
-
 
 def create(folder: Path, split: str, shape: tuple[int, int, int]) -> None:
     """Makes the files of a split, without neighbours. shape: samples, chunks of a sample, neighbours of a chunk."""
-    np.lib.format.open_memmap(folder / f"neighbors_{split}.npy", "w+", np.dtype(np.int32), shape).flush()
-    blocks = (-(-shape[0] // BLOCK),)
-    np.lib.format.open_memmap(folder / f"done_{split}.npy", "w+", np.dtype(np.uint8), blocks).flush()
+    create_rows(*_files(folder, split), np.dtype(np.int32), shape, block=BLOCK)
+
+
+def _files(folder: Path, split: str) -> tuple[Path, Path]:
+    return folder / f"neighbors_{split}.npy", folder / f"done_{split}.npy"
 
 
 def read_header(folder: Path) -> dict[str, Any]:
