@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from megatron.config import Resources, resolve
 from megatron.distributed.mesh import Topology
-from megatron.distributed.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megatron.model.layers import build_layer_specs
 from megatron.model.model_spec import ModelSpec
 from megatron.model.sequential_model import SequentialModel
@@ -18,6 +17,7 @@ from megatron.param_table import ModelDims
 from megatron.plan.encoder_decoder import two_stack_activations
 from megatron.plan.report import activation_layout, make_plan
 from tests.end_to_end.test_encoder_decoder_layouts import BASE, PUBLIC
+from tests.plan.measured import measure
 
 SOURCE, TARGET, ROWS, BATCH = 128, 64, 512, 8
 SIZES: dict[str, Any] = {
@@ -46,40 +46,23 @@ def test_the_plan_is_that_of_the_model(form: dict[str, Any]) -> None:
         device=torch.device("cpu"),
     )
     model = SequentialModel(build_layer_specs(spec)).train()
-    parameters = list(model.parameters())
-    assert plan.parameters == sum(each.numel() for each in parameters)
+    assert plan.parameters == sum(each.numel() for each in model.parameters())
 
-    products = [ROWS * 64 * BATCH * TARGET]  # of the output layer
-
-    def count(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        products.append(module.weight.numel() * inputs[0].shape[0] * inputs[0].shape[1])
-
-    def is_product(module: nn.Module) -> bool:
-        return isinstance(module, ColumnParallelLinear | RowParallelLinear) and module.weight.shape[0] != ROWS
-
-    for module in filter(is_product, model.modules()):
-        module.register_forward_hook(count)
-    held: dict[int, Tensor] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        held[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    hidden = torch.randint(0, ROWS, (BATCH, SOURCE + TARGET))
+    tokens = torch.randint(0, ROWS, (BATCH, SOURCE + TARGET))
     real = torch.zeros(BATCH, SOURCE, dtype=torch.int64)  # padding would be left out on a CPU
     starts = torch.cat((real, torch.full((BATCH, TARGET), SOURCE)), dim=1)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+
+    def run() -> None:
+        hidden = tokens
         for layer in list(model.sequential)[:-2]:
             hidden = layer(hidden, None, starts)
+
+    products, saved = measure(model, run, ROWS)
+    products += ROWS * 64 * BATCH * TARGET  # of the output layer
     row = 2 * SOURCE * SOURCE + 3 * TARGET * (SOURCE + TARGET)
     for module in (model.sequential[1:-2]).modules():
         assert not isinstance(module, nn.Linear)  # the hooks have seen every product
-    forward = 2 * sum(products) + 4 * BATCH * row * 64
-    assert plan.flops_per_iteration == 3 * forward
-
-    for each in parameters:
-        held.pop(each.untyped_storage().data_ptr(), None)
-    saved = sum(each.untyped_storage().nbytes() for each in held.values())
+    assert plan.flops_per_iteration == 3 * (2 * products + 4 * BATCH * row * 64)
     of_block, dims, layout = two_stack_activations(config), ModelDims.of(config.model), activation_layout(config)
     assert sum(of_block(dims, layout, block) for block in range(5)) == pytest.approx(saved, rel=0.08)
     assert f"2 encoder and 3 decoder blocks x {64}" in plan.text()

@@ -7,11 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 from megatron.config import Resources, resolve
 from megatron.distributed.mesh import Topology
-from megatron.distributed.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megatron.distributed.tensor_parallel.linear_cross_entropy import TokenTargets
 from megatron.model.layers import build_layer_specs
 from megatron.model.model_spec import ModelSpec
@@ -19,6 +17,7 @@ from megatron.model.retro_model import RetroModel
 from megatron.plan.report import activation_layout, make_plan
 from megatron.plan.retro import retro_activations
 from tests.end_to_end.runs import BASE
+from tests.plan.measured import measure
 
 LENGTH, CHUNK, NEIGHBORS, ROWS, BATCH, WIDTH = 64, 16, 2, 512, 8, 64
 SIZES: dict[str, Any] = {
@@ -57,36 +56,14 @@ def test_the_plan_is_that_of_the_model(tmp_path: Path) -> None:
     dims = spec.dims
     assert dims.retro is not None
     model = RetroModel(build_layer_specs(spec), dims.retro).train()
-    parameters = list(model.parameters())
-    assert plan.parameters == sum(each.numel() for each in parameters)
-
-    products = [ROWS * WIDTH * BATCH * LENGTH]  # of the output layer
-
-    def count(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        products.append(module.weight.numel() * inputs[0].shape[0] * inputs[0].shape[1])
-
-    def is_product(module: nn.Module) -> bool:
-        return isinstance(module, ColumnParallelLinear | RowParallelLinear) and module.weight.shape[0] != ROWS
-
-    for module in filter(is_product, model.modules()):
-        module.register_forward_hook(count)
-    held: dict[int, Tensor] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        held[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
+    assert plan.parameters == sum(each.numel() for each in model.parameters())
 
     read = LENGTH * NEIGHBORS * 2
     tokens = torch.randint(0, ROWS, (BATCH, read + LENGTH))
     targets = TokenTargets(tokens[:, :LENGTH].t(), torch.zeros(LENGTH, BATCH))
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(tokens, targets=targets)
+    products, saved = measure(model, lambda: model(tokens, targets=targets), ROWS)
+    products += ROWS * WIDTH * BATCH * LENGTH  # of the output layer
     pairs = 4 * LENGTH * LENGTH + 2 * LENGTH * NEIGHBORS * 2 * CHUNK + 2 * read * 2 * CHUNK + read * CHUNK
-    forward = 2 * sum(products) + 4 * BATCH * pairs * WIDTH
-    assert plan.flops_per_iteration == 3 * forward
-
-    for each in parameters:
-        held.pop(each.untyped_storage().data_ptr(), None)
-    saved = sum(each.untyped_storage().nbytes() for each in held.values())
+    assert plan.flops_per_iteration == 3 * (2 * products + 4 * BATCH * pairs * WIDTH)
     layout = activation_layout(config)
     assert sum(retro_activations(dims, layout, block) for block in range(4)) == pytest.approx(saved, rel=0.1)
