@@ -41,16 +41,22 @@ def encoder_decoders_have_their_parts(config: Config) -> Iterator[ConfigIssue]:
         return
     for key, value, why in _unusable(config):
         yield ConfigIssue(f"an encoder-decoder cannot have it: {why}", key=key, value=value)
+    yield from key_heads_to_cross(config)
     model, ranks = config.model, config.parallelism.model_parallel_size
-    if model.num_kv_heads and ranks > 0 and model.num_kv_heads % ranks:
-        what = f"cross attention shares no key head among {ranks} tensor-parallel ranks"
-        yield ConfigIssue(what, "num_kv_heads", model.num_kv_heads, hint=f"use a multiple of {ranks}")
     if config.parallelism.sequence_parallel and ranks > 0:
         for name in PARTS["seq_length"]:
             length = getattr(model, name) or 0
             if length % ranks:
                 hint = f"use a multiple of {ranks}"
                 yield ConfigIssue(f"it does not divide into {ranks} shards", key=name, value=length, hint=hint)
+
+
+def key_heads_to_cross(config: Config) -> Iterator[ConfigIssue]:
+    """Tensor-parallel ranks that would share a key head of cross attention."""
+    heads, ranks = config.model.num_kv_heads, config.parallelism.model_parallel_size
+    if heads and ranks > 0 and heads % ranks:
+        what = f"cross attention shares no key head among {ranks} tensor-parallel ranks"
+        yield ConfigIssue(what, "num_kv_heads", heads, hint=f"use a multiple of {ranks}")
 
 
 def _unusable(config: Config) -> Iterator[tuple[str, Any, str]]:

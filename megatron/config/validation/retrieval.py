@@ -71,7 +71,7 @@ def blocks_have_their_titles(config: Config) -> Iterator[ConfigIssue]:
 
 def searches_have_their_files(config: Config) -> Iterator[ConfigIssue]:
     """Embedding and searching a corpus need an encoder, the corpus, a folder and, to search it, questions."""
-    script, section = _script(config), config.retrieval
+    script, section = script_name(config), config.retrieval
     if script not in RETRIEVAL_SCRIPTS:
         return
     if config.training.train_impl not in RETRIEVAL:
@@ -87,7 +87,8 @@ def searches_have_their_files(config: Config) -> Iterator[ConfigIssue]:
             yield ConfigIssue("there is no such file", key=key, value=path)
 
 
-def _script(config: Config) -> str:
+def script_name(config: Config) -> str:
+    """Returns the file name of the script that runs."""
     return Path(str(config.launch.user_script)).name
 
 
@@ -112,11 +113,11 @@ OF_RETRIEVAL: tuple[DependentKeys, ...] = (
     ),
     DependentKeys(
         ("evidence_data_path", "embedding_path"),
-        lambda config: _script(config) in RETRIEVAL_SCRIPTS,
+        lambda config: script_name(config) in RETRIEVAL_SCRIPTS,
         f"only tools/{EMBED} and tools/{SEARCH} read it",
     ),
     DependentKeys(
-        ("qa_data", "retrieval_match"), lambda config: _script(config) == SEARCH, f"only tools/{SEARCH} reads it"
+        ("qa_data", "retrieval_match"), lambda config: script_name(config) == SEARCH, f"only tools/{SEARCH} reads it"
     ),
     DependentKeys(
         ("pack_impl", "eod_mask_loss", "allow_chopped"),

@@ -10,7 +10,8 @@ from megatron.config.config import Config
 from megatron.config.derived.fill import trains
 from megatron.config.derived.retro import BUILD_NEIGHBORS, GENERATE
 from megatron.config.validation.dependent_model_keys import DependentKeys
-from megatron.config.validation.encoder_decoder import RELATIVE
+from megatron.config.validation.encoder_decoder import RELATIVE, key_heads_to_cross
+from megatron.config.validation.retrieval import script_name
 from megatron.errors import ConfigIssue
 from megatron.registry import POSITIONS, VANILLA
 from megatron.retro_blocks import usual_blocks
@@ -67,10 +68,7 @@ def retrieval_fits_other_parts(config: Config) -> Iterator[ConfigIssue]:
         return
     for key, value, why in _unusable(config):
         yield ConfigIssue(f"a model that attends to neighbours cannot have it: {why}", key=key, value=value)
-    model, ranks = config.model, config.parallelism.model_parallel_size
-    if model.num_kv_heads and ranks > 0 and model.num_kv_heads % ranks:
-        what = f"cross attention shares no key head among {ranks} tensor-parallel ranks"
-        yield ConfigIssue(what, "num_kv_heads", model.num_kv_heads, hint=f"use a multiple of {ranks}")
+    yield from key_heads_to_cross(config)
 
 
 def _unusable(config: Config) -> Iterator[tuple[str, Any, str]]:
@@ -139,7 +137,7 @@ def _unusable_layouts(config: Config) -> Iterator[tuple[str, Any, str]]:
 
 def neighbors_are_stored(config: Config) -> Iterator[ConfigIssue]:
     """Training and generation read neighbours from a folder; finding them needs an encoder."""
-    section, script = config.retrieval, _script(config)
+    section, script = config.retrieval, script_name(config)
     builds = script == BUILD_NEIGHBORS
     if not config.model.retro_add_retriever:
         if builds:
@@ -171,17 +169,13 @@ def _without_cache(config: Config) -> Iterator[ConfigIssue]:
     if config.evaluation.eval_tasks:
         what = "the texts of a task have no neighbours"
         yield ConfigIssue(what, key="eval_tasks", value=list(config.evaluation.eval_tasks), hint="leave it out")
-    if _script(config) != GENERATE:
+    if script_name(config) != GENERATE:
         return
     if not config.generation.recompute:
         what = "a model that retrieves stores nothing of earlier tokens"
         yield ConfigIssue(what, key="recompute", value=False, hint="set recompute: true")
     if config.generation.text_gen_type == "precompute":
         yield ConfigIssue("it scores texts that have no neighbours", key="text_gen_type", value="precompute")
-
-
-def _script(config: Config) -> str:
-    return Path(str(config.launch.user_script)).name
 
 
 OF_RETRO: tuple[DependentKeys, ...] = (
@@ -196,12 +190,12 @@ OF_RETRO: tuple[DependentKeys, ...] = (
     ),
     DependentKeys(
         ("retro_embedder",),
-        lambda config: _script(config) in (BUILD_NEIGHBORS, GENERATE),
+        lambda config: script_name(config) in (BUILD_NEIGHBORS, GENERATE),
         f"only tools/{BUILD_NEIGHBORS} and {GENERATE} read it",
     ),
     DependentKeys(
         ("retro_query_num_neighbors_save",),
-        lambda config: _script(config) == BUILD_NEIGHBORS,
+        lambda config: script_name(config) == BUILD_NEIGHBORS,
         f"only tools/{BUILD_NEIGHBORS} reads it",
     ),
 )
