@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron.distributed.tensor_parallel.linear_cross_entropy import TokenTargets
 from megatron.model.embedding import EmbeddingLayer
@@ -18,10 +18,11 @@ from megatron.model.kv_cache import KVCache
 from megatron.model.layers import LayerSpec
 from megatron.model.recompute import Recompute, run_layers
 from megatron.model.retro import RetroBlock
+from megatron.model.sequential_model import SequentialModel
 from megatron.param_table import RetroDims
 
 
-class RetroModel(nn.Module):
+class RetroModel(SequentialModel):
     """All layers in order; parameter names are ``sequential.<layer index>.<name>``."""
 
     def __init__(self, layer_specs: Sequence[LayerSpec], sizes: RetroDims, recompute: Recompute | None = None) -> None:
@@ -32,12 +33,8 @@ class RetroModel(nn.Module):
             sizes: of chunks and neighbours.
             recompute: recomputation of blocks, or None.
         """
-        super().__init__()
-        self.sizes, self.recompute = sizes, recompute
-        self.sequential = nn.ModuleList()
-        for layer in layer_specs:
-            tied = {} if layer.tied_to is None else {"embedding": self.sequential[layer.tied_to]}
-            self.sequential.append(layer.layer(**tied, **layer.arguments))
+        super().__init__(layer_specs, recompute)
+        self.sizes = sizes
 
     def forward(
         self,

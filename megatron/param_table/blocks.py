@@ -70,9 +70,7 @@ def neighbor_encoder(dims: ModelDims, layer: int) -> list[TensorShape]:
         block += row(layer, "attention.dense", dims.hidden_size, dims.value_size, dims.attention_bias)
         if number == 0:
             block += cross_attention(dims, layer)
-        block += norm(dims, layer, "post_attention_layernorm")
-        block += mlp(dims, layer, "mlp", dims.mlp_width, dims.mlp_bias)
-        block += [TensorShape(layer, f"mlp.activation.{name}", (1,), None, "bias") for name in dims.learned]
+        block += norm(dims, layer, "post_attention_layernorm") + dense_mlp(dims, layer)
         table += [replace(shape, name=f"{ENCODER}{number}.{shape.name}") for shape in block]
     return table
 
@@ -92,6 +90,11 @@ def mlp_or_experts(dims: ModelDims, block: int) -> list[TensorShape]:
     layer = block + 2
     if dims.has_experts(block):
         return experts(dims, layer) + shared_experts(dims, layer)
+    return dense_mlp(dims, layer)
+
+
+def dense_mlp(dims: ModelDims, layer: int) -> list[TensorShape]:
+    """Returns the tensors of the MLP of a block without experts, and of its activation."""
     learned = [TensorShape(layer, f"mlp.activation.{name}", (1,), None, "bias") for name in dims.learned]
     return mlp(dims, layer, "mlp", dims.mlp_width, dims.mlp_bias) + learned
 

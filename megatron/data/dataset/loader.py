@@ -100,6 +100,10 @@ class BatchLoader:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _read(self, numbers: range) -> MicroBatch:
+        batch = self._made(numbers)
+        return batch.pin_memory() if self._pin_memory else batch
+
+    def _made(self, numbers: range) -> MicroBatch:
         shape = (len(numbers), self.samples.sample_length)
         samples = np.empty(shape, np.int64)
         extras: dict[str, np.ndarray] = {
@@ -110,7 +114,7 @@ class BatchLoader:
             self.samples.read(number, samples[row], own)
         if self._vocab_size is not None:
             self._check(numbers, samples, extras.get("labels"))
-        batch = make_batch(
+        return make_batch(
             torch.from_numpy(samples),
             eod=self._eod,
             eod_mask_loss=self._eod_mask_loss,
@@ -118,7 +122,6 @@ class BatchLoader:
             prompt=self._prompt,
             **{name: torch.from_numpy(array) for name, array in extras.items()},
         )
-        return batch.pin_memory() if self._pin_memory else batch
 
     def _check(self, numbers: range, samples: np.ndarray, labels: np.ndarray | None) -> None:
         """Raises RunError for an id that is no token's."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +51,13 @@ class RetroData:
         if split not in self.counts:
             what = "neighbours are those of one validation set"
             raise ConfigError.of(what, key="valid_data_paths", hint="give one, or leave out what reports each")
-        facts, count = read_header(self.folder), self.counts[split]
+        count = self.counts[split]
         expected = {
             "chunk_length": self.sizes.chunk,
             "tokenizer": self.tokenizer,
             split: {"samples": count, "fingerprint": fingerprint(samples, count)},
         }
-        require_same(self.folder, facts, expected)
+        require_same(self.folder, self._facts, expected)
         stored = NeighborFile(self.folder, split, writes=False)
         if stored.missing:
             what = f"{len(stored.missing)} blocks of the split {split} have no neighbours yet"
@@ -65,8 +66,15 @@ class RetroData:
             what = f"{stored.rows.shape[2]} neighbours of a chunk are stored"
             hint = "lower it, or build another database"
             raise ConfigError.of(what, key="retro_num_neighbors", value=self.sizes.neighbors, hint=hint)
-        database = ChunkDatabase(self.folder, open_files(self.folder, facts), self.eod)
-        return RetroLoader(samples, sampler, neighbors=(stored, database, self.sizes), eod=self.eod, **settings)
+        return RetroLoader(samples, sampler, neighbors=(stored, self._database, self.sizes), eod=self.eod, **settings)
+
+    @cached_property
+    def _facts(self) -> dict[str, Any]:
+        return read_header(self.folder)
+
+    @cached_property
+    def _database(self) -> ChunkDatabase:
+        return ChunkDatabase(self.folder, open_files(self.folder, self._facts), self.eod)
 
 
 class RetroLoader(BatchLoader):
@@ -91,13 +99,12 @@ class RetroLoader(BatchLoader):
         super().__init__(samples, sampler, **settings)
         self._stored, self._database, self._sizes = neighbors
 
-    def _read(self, numbers: range) -> MicroBatch:
-        batch = super()._read(numbers)
+    def _made(self, numbers: range) -> MicroBatch:
+        batch = super()._made(numbers)
         sizes = self._sizes
         rows = np.asarray(self._stored.rows[numbers.start : numbers.stop, :, : sizes.neighbors])
         tokens = np.empty((rows.size, sizes.neighbor_tokens), np.int64)
         for each, number in zip(tokens, rows.flatten().tolist(), strict=True):
             self._database.read(number, each)
         neighbors = torch.from_numpy(tokens).view(len(numbers), -1)
-        batch = replace(batch, tokens=torch.cat((neighbors, batch.tokens), dim=1))
-        return batch.pin_memory() if self._pin_memory else batch
+        return replace(batch, tokens=torch.cat((neighbors, batch.tokens), dim=1))
