@@ -1,13 +1,14 @@
 """A memory-mapped array that several ranks fill block by block, and a mark for each block that is on disk.
 
-Ranks write blocks of their own into one file, so files for several hosts are on a disk that they share. What has no
-mark is made when the same command runs again.
+Ranks write blocks of their own into one file, so files for several hosts are on a disk that they share. They write the
+bytes of a block alone, since hosts that map a file of a network disk write pages, also those parts of them that another
+host has changed. What has no mark is made when the same command runs again.
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -24,9 +25,11 @@ class MarkedRows:
             block: rows that are marked together.
             writes: open them for writing.
         """
-        mode: Any = "r+" if writes else "r"
-        self.rows = np.load(rows, mmap_mode=mode)
-        self._marks, self._block = np.load(marks, mmap_mode=mode), block
+        self._files = (rows, marks) if writes else None
+        self.rows, self._marks, self._block = np.load(rows, mmap_mode="r"), np.load(marks, mmap_mode="r"), block
+        if writes:
+            for path in (rows, marks):
+                path.open("r+b").close()
 
     @property
     def missing(self) -> list[int]:
@@ -38,12 +41,25 @@ class MarkedRows:
         return range(block * self._block, min((block + 1) * self._block, len(self.rows)))
 
     def write(self, block: int, values: np.ndarray) -> None:
-        """Stores the rows of a block, then marks it."""
-        own = self.numbers(block)
-        self.rows[own.start : own.stop] = values
-        self.rows.flush()
-        self._marks[block] = 1
-        self._marks.flush()
+        """Stores the rows of a block, then marks it. Raises ValueError for another number or shape of rows."""
+        assert self._files is not None, "opened for reading"
+        own, (rows, marks) = self.numbers(block), self._files
+        held = self.rows[own.start : own.stop]
+        if values.shape != held.shape:
+            raise ValueError(f"a block of {list(held.shape)} is given {list(values.shape)}")
+        row = self.rows.strides[0]
+        _store(rows, self.rows.offset + own.start * row, np.ascontiguousarray(values, held.dtype).tobytes())
+        _store(marks, self._marks.offset + block, b"\x01")
+
+
+def _store(path: Path, at: int, values: bytes) -> None:
+    """Writes bytes into a file and returns when they are on disk."""
+    with path.open("r+b", buffering=0) as file:
+        left = memoryview(values)
+        while left:
+            written = os.pwrite(file.fileno(), left, at)
+            left, at = left[written:], at + written
+        os.fsync(file.fileno())
 
 
 def create_rows(rows: Path, marks: Path, dtype: np.dtype, shape: tuple[int, ...], *, block: int) -> None:
