@@ -20,7 +20,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"retro_cross_attention_layers": [1, 0]}, "these are no blocks of the model"),
     ({"attention_config": ["global", "mamba"]}, "one of kind mamba has no attention"),
     ({"retro_project_dir": None}, "needs the folder of neighbours"),
-    ({"retro_project_dir": "/nowhere"}, "it has no neighbours"),
     ({"pos_emb": "alibi"}, "biases are those of earlier tokens"),
     ({"gpt_j_residual": True}, "cross attention follows attention"),
     ({"norm_placement": "sandwich"}, "its three norms"),

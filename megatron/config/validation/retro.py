@@ -153,9 +153,6 @@ def neighbors_are_stored(config: Config) -> Iterator[ConfigIssue]:
         return
     if not section.retro_project_dir:
         yield ConfigIssue("a model that retrieves needs the folder of neighbours", key="retro_project_dir")
-    elif not builds and not (Path(section.retro_project_dir) / "retro.json").is_file():
-        hint = f"run tools/{BUILD_NEIGHBORS} with the configuration of the training run first"
-        yield ConfigIssue("it has no neighbours", "retro_project_dir", section.retro_project_dir, hint=hint)
     if (builds or script == GENERATE) and not (section.retro_embedder and Path(section.retro_embedder).is_dir()):
         hint = "name a folder that transformers' save_pretrained wrote"
         yield ConfigIssue(f"{script} needs an encoder", "retro_embedder", section.retro_embedder, hint=hint)
