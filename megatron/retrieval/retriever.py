@@ -35,7 +35,7 @@ NO_DOCUMENTS = np.empty(0, np.int64)
 
 
 class Retriever:
-    """A database with the encoder that it was made with. What was found for a chunk is remembered."""
+    """A database with its encoder. What was found for the chunks of the last texts is remembered."""
 
     def __init__(self, config: Config, tokenizer: Tokenizer, sizes: RetroDims) -> None:
         """Opens `retro_project_dir`.
@@ -67,12 +67,14 @@ class Retriever:
         """Token ids [b, s] -> those of the neighbours of each whole chunk [b, l k r]."""
         count = tokens.shape[1] // self._sizes.chunk
         rows = tokens[:, : count * self._sizes.chunk].cpu().numpy().reshape(-1, self._sizes.chunk)
-        new = {row.tobytes(): row for row in rows if row.tobytes() not in self._found}
+        keys = [row.tobytes() for row in rows]
+        self._found = {key: self._found[key] for key in keys if key in self._found}  # texts grow, and have the rest
+        new = {key: row for key, row in zip(keys, rows, strict=True) if key not in self._found}
         if new:
             self._search(new)
         found = np.empty((len(rows), self._sizes.neighbors, self._sizes.neighbor_tokens), np.int64)
-        for own, row in zip(found, rows, strict=True):
-            for each, number in zip(own, self._found[row.tobytes()].tolist(), strict=True):
+        for own, key in zip(found, keys, strict=True):
+            for each, number in zip(own, self._found[key].tolist(), strict=True):
                 self._database.read(number, each)
         return torch.from_numpy(found).view(len(tokens), -1)
 
