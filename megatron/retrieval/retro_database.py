@@ -20,7 +20,7 @@ from megatron.data.dataset.data_order import token_digest
 from megatron.data.indexed.reader import IndexedDataset, bin_path
 from megatron.data.retro import neighbors
 from megatron.data.retro.chunks import CHUNKS, ChunkDatabase, cut, owner_of
-from megatron.data.retro.neighbors import NeighborFile, fingerprint
+from megatron.data.retro.neighbors import PROBE, NeighborFile, fingerprint
 from megatron.distributed.process_group import device
 from megatron.errors import ConfigError
 from megatron.log import get_logger
@@ -31,7 +31,6 @@ from megatron.retrieval.embedding_file import EmbeddingFile
 from megatron.retrieval.neighbors import nearest_elsewhere
 from megatron.retrieval.text_embedder import KEY, TextEmbedder
 
-PROBE = "probe"
 EMBEDDINGS = "embeddings"
 """Folder of the embeddings of chunks."""
 

@@ -239,6 +239,8 @@ def run_inputs(config: Config, data: Data, tokenizer: Tokenizer, checkpoint: Che
         masked = masked_data(config, tokenizer)
         facts = None if masked is None else masked.order_facts()
         order = order_facts(config.data, data.plan.train, seed=config.training.seed, train_epochs=epochs, masked=facts)
+        retro = retro_data(config, tokenizer, {})
+        order |= retro.order_facts() if retro is not None else {}
     return RunInputs(run_tokenizer(config, tokenizer), order, _adapter_base(config, checkpoint))
 
 

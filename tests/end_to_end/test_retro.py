@@ -7,6 +7,7 @@ tests/model/test_retro.py.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,12 @@ def test_a_resume_is_bitwise_with_dropout(made: dict[str, Any], tmp_path: Path) 
     )
     full = series(parts["full"], "train/lm_loss")
     assert series(parts["first"], "train/lm_loss") + series(parts["then"], "train/lm_loss") == full
+    other = shutil.copytree(made["retro_project_dir"], tmp_path / "other")
+    facts = json.loads((other / "retro.json").read_text())
+    facts["probe"][0] += 1.0
+    (other / "retro.json").write_text(json.dumps(facts))
+    with pytest.raises(RankFailedError, match="was trained with the neighbours of another database"):
+        run_all(2, tmp_path / "on", {"on": {**settings, **saved, "retro_project_dir": str(other)}})
 
 
 def test_a_trained_model_goes_on_with_neighbors(made: dict[str, Any], tmp_path: Path) -> None:
@@ -282,8 +289,8 @@ def test_neighbors_of_other_samples_are_refused(made: dict[str, Any], tmp_path: 
             run_all(1, tmp_path / named, {"one": train_settings(made, **changed)})
     facts = json.loads((Path(made["retro_project_dir"]) / "retro.json").read_text())
     assert facts["train"]["samples"] == MODEL["train_iters"] * MODEL["train_batch_size"]
-    with pytest.raises(ConfigError, match="it has no neighbours"):
-        resolve([], train_settings(made, retro_project_dir=str(tmp_path)), Resources(1))
+    with pytest.raises(RankFailedError, match=r"there is no database.*run tools/build_retro_database\.py"):
+        run_all(1, tmp_path / "none", {"one": train_settings(made, retro_project_dir=str(tmp_path))})
 
 
 @pytest.mark.long

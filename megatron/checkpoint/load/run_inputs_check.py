@@ -108,6 +108,9 @@ def _differences(stored: Mapping[str, Any], own: Mapping[str, Any], location: Pa
             )
             hint = f"{_OVERRIDE_HINT}: as many train_iters, or train_epochs, as need the same number of passes"
             yield ConfigIssue(what, key="train_iters", hint=hint)
+        elif name == "retro_project_dir":
+            what = f"the checkpoint {location} was trained with the neighbours of another database"
+            yield ConfigIssue(what, key=name, hint=_OVERRIDE_HINT)
         elif name == "train_label_data_paths":
             what = f"the checkpoint's run read {then} documents of its data sets, this one reads {now}, by their labels"
             yield ConfigIssue(what, key=name, hint=_OVERRIDE_HINT)
@@ -121,6 +124,8 @@ def _follows(name: str, stored: Mapping[str, Any], own: Mapping[str, Any]) -> bo
     other_sets = stored.get("data_path") != own.get("data_path")
     if name == "passes":
         return other_sets
+    if name == "retro_project_dir":  # earlier checkpoints do not have it
+        return name not in stored
     if name == "train_epochs":  # it orders several sets among each other; of one, `passes` says it all
         return len(own.get("data_path") or ()) == 1
     if name == "train_label_data_paths":  # as do lengths, which others tell; earlier checkpoints do not have it

@@ -5,6 +5,8 @@ Shapes: b micro batch, s sequence, l chunks of a sequence, k neighbours of a chu
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,7 +21,7 @@ from megatron.data.dataset.gpt_dataset import Samples
 from megatron.data.dataset.loader import BatchLoader
 from megatron.data.dataset.sampler import BatchSampler
 from megatron.data.retro.chunks import KEY, ChunkDatabase, open_files
-from megatron.data.retro.neighbors import HINT, NeighborFile, fingerprint, read_header, require_same
+from megatron.data.retro.neighbors import HINT, PROBE, NeighborFile, fingerprint, read_header, require_same
 from megatron.errors import ConfigError
 from megatron.param_table import RetroDims
 
@@ -67,6 +69,11 @@ class RetroData:
             hint = "lower it, or build another database"
             raise ConfigError.of(what, key="retro_num_neighbors", value=self.sizes.neighbors, hint=hint)
         return RetroLoader(samples, sampler, neighbors=(stored, self._database, self.sizes), eod=self.eod, **settings)
+
+    def order_facts(self) -> dict[str, Any]:
+        """Returns a fingerprint of the chunks and of the encoder that decided which are neighbours, by its key."""
+        decided = {name: self._facts[name] for name in ("chunk_length", "digests", "documents", PROBE)}
+        return {KEY: hashlib.sha256(json.dumps(decided).encode()).hexdigest()[:16]}
 
     @cached_property
     def _facts(self) -> dict[str, Any]:

@@ -22,6 +22,8 @@ from megatron.data.retro.chunks import KEY
 from megatron.errors import ConfigError, RunError
 
 HEADER = "retro.json"
+PROBE = "probe"
+"""Name of the embedding of a fixed text in it."""
 VERSION = 1
 BLOCK = 64
 """Samples that are marked together."""
