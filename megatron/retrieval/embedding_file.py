@@ -44,6 +44,18 @@ class EmbeddingFile(MarkedRows):
             what = f"{VECTORS} has the shape {list(self.rows.shape)}, {HEADER} has another one"
             raise RunError.of(what, key=KEY, location=str(folder), hint="remove the folder and embed again")
 
+    def require_complete(self, folder: Path, *, key: str, hint: str) -> None:
+        """Raises ConfigError where blocks are missing.
+
+        Args:
+            folder: that the message names.
+            key: of the configuration, which names it.
+            hint: what to do.
+        """
+        if self.missing:
+            what = f"{len(self.missing)} blocks of its embeddings are missing"
+            raise ConfigError.of(what, key=key, value=str(folder), hint=hint)
+
 
 def header(folder: Path) -> dict[str, Any]:
     """Returns `index.json` of a folder. Raises RunError where there is none that can be read."""

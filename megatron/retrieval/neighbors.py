@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron.retrieval.search import QUESTIONS, ROWS, best
+from megatron.retrieval.search import QUESTIONS, ROWS, best, first_best
 
 
 def nearest_elsewhere(
@@ -19,8 +19,7 @@ def nearest_elsewhere(
 ) -> np.ndarray:
     """Returns the numbers of the nearest chunks by Euclidean distance, the nearest first, int32 [q, k]; -1 for none.
 
-    Embeddings that are not numbers are near nothing. Which of several chunks of the same distance are found is not
-    determined where there are more of them than places.
+    Of chunks of the same distance the first ones are found. Embeddings that are not numbers are near nothing.
 
     Args:
         questions: embeddings in fp32 [q, d].
@@ -35,12 +34,12 @@ def nearest_elsewhere(
         block = torch.from_numpy(np.array(vectors[start : start + ROWS], np.float32)).to(questions.device)
         groups = max(1, QUESTIONS // each)
         found = [
-            _near(questions[first * each :][: groups * each], block, owners[start : start + ROWS],
-                  left_out[first : first + groups]).topk(min(count, len(block)))
+            first_best(_near(questions[first * each :][: groups * each], block, owners[start : start + ROWS],
+                             left_out[first : first + groups]), min(count, len(block)))
             for first in range(0, len(left_out), groups)
         ]  # fmt: skip
-        scores = torch.cat([scores, torch.cat([one.values for one in found])], 1)
-        numbers = torch.cat([numbers, torch.cat([one.indices for one in found]) + start], 1)
+        scores = torch.cat([scores, torch.cat([one[0] for one in found])], 1)
+        numbers = torch.cat([numbers, torch.cat([one[1] for one in found]) + start], 1)
         scores, numbers = best(scores, numbers, count)
     numbers = numbers.masked_fill(scores == -torch.inf, -1)
     filled = torch.nn.functional.pad(numbers, (0, count - numbers.shape[1]), value=-1)

@@ -19,7 +19,6 @@ from megatron.distributed.process_group import device
 from megatron.engine.engine import Engine
 from megatron.engine.inference_engine import InferenceEngine
 from megatron.engine.retro import RetroEngine
-from megatron.errors import ConfigError
 from megatron.param_table import RetroDims
 from megatron.retrieval.embedding_file import EmbeddingFile
 from megatron.retrieval.neighbors import nearest_elsewhere
@@ -55,9 +54,7 @@ class Retriever:
         neighbors.require_same(folder, facts, {"chunk_length": sizes.chunk, "tokenizer": info.fingerprint or ""})
         require_embedder(folder, facts, self._embedder)
         stored = EmbeddingFile(folder / EMBEDDINGS, writes=False)
-        if stored.missing:
-            what = f"{len(stored.missing)} blocks of its chunks have no embeddings yet"
-            raise ConfigError.of(what, key=KEY, value=str(folder), hint=neighbors.HINT)
+        stored.require_complete(folder, key=KEY, hint=neighbors.HINT)
         self._database = ChunkDatabase(folder, open_files(folder, facts), tokenizer.eod)
         self._vectors = stored.rows
         self._owners, self._tokenizer = self._database.owners(), tokenizer

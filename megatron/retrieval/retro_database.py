@@ -19,7 +19,7 @@ from megatron.atomic import atomic_path
 from megatron.data.dataset.data_order import token_digest
 from megatron.data.indexed.reader import IndexedDataset, bin_path
 from megatron.data.retro import neighbors
-from megatron.data.retro.chunks import CHUNKS, ChunkDatabase, cut, owner_of
+from megatron.data.retro.chunks import CHUNKS, KEY, ChunkDatabase, cut, owner_of
 from megatron.data.retro.neighbors import PROBE, NeighborFile, fingerprint
 from megatron.distributed.process_group import device
 from megatron.errors import ConfigError
@@ -29,7 +29,8 @@ from megatron.ranks import Ranks
 from megatron.retrieval import embedding_file
 from megatron.retrieval.embedding_file import EmbeddingFile
 from megatron.retrieval.neighbors import nearest_elsewhere
-from megatron.retrieval.text_embedder import KEY, TextEmbedder
+from megatron.retrieval.text_embedder import KEY as EMBEDDER_KEY
+from megatron.retrieval.text_embedder import TextEmbedder
 
 EMBEDDINGS = "embeddings"
 """Folder of the embeddings of chunks."""
@@ -98,9 +99,13 @@ class RetroBuilder:
             stored.write(block, self._vectors([database.chunk(number) for number in stored.numbers(block)]))
 
     def search(self) -> None:
-        """Finds the neighbours of this rank's share of the samples, in documents that a sample has no tokens of."""
-        database, vectors = self._database(), EmbeddingFile(self.folder / EMBEDDINGS, writes=False).rows
-        owners = database.owners()
+        """Finds the neighbours of this rank's share of the samples, in documents that a sample has no tokens of.
+
+        Raises ConfigError where chunks have no embeddings yet.
+        """
+        database, embedded = self._database(), EmbeddingFile(self.folder / EMBEDDINGS, writes=False)
+        embedded.require_complete(self.folder, key=KEY, hint=neighbors.HINT)
+        vectors, owners = embedded.rows, database.owners()
         files = {file_of(dataset): number for number, (dataset, _) in enumerate(self.sources)}
         numbers: dict[str, int | None] = {}  # of data sets by their prefix; None for one that is not in the database
         for split, (samples, _) in self.splits.items():
@@ -148,7 +153,7 @@ def require_embedder(folder: Path, facts: Mapping[str, Any], embedder: TextEmbed
     """
     if not embedding_file.is_same(facts[PROBE], _probe(embedder)):
         what = f"the database in {folder} was made with another encoder"
-        raise ConfigError.of(what, key=KEY, value=None, hint="name the encoder that it was made with")
+        raise ConfigError.of(what, key=EMBEDDER_KEY, value=None, hint="name the encoder that it was made with")
 
 
 def file_of(dataset: IndexedDataset) -> str:

@@ -89,10 +89,8 @@ def search_passages(config: Config) -> None:
         embedding_file.require_same(folder, _facts(config, evidence, tokenizer, width=len(probe)))
         _require_model(folder, probe)
         stored = EmbeddingFile(folder, writes=False)
-        if stored.missing:
-            hint = "run tools/embed_passages.py with the same configuration again"
-            what = f"{len(stored.missing)} blocks of its passages have no embeddings"
-            raise ConfigError.of(what, key=embedding_file.KEY, value=str(folder), hint=hint)
+        hint = "run tools/embed_passages.py with the same configuration again"
+        stored.require_complete(folder, key=embedding_file.KEY, hint=hint)
         encoder = _encoder(config, engine, tokenizer, QUERIES)
         tops = sorted(section.retrieval_report_topk_accuracies)
         record: dict[str, Any] = {}

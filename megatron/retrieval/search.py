@@ -21,7 +21,7 @@ QUESTIONS = 1024
 def nearest(questions: Tensor, vectors: np.ndarray, count: int, axis: Axis) -> tuple[Tensor, Tensor]:
     """Returns scores and numbers of the best passages, the best first: [q, k] and [q, k]. Collective over the axis.
 
-    Of two results with the same score the first one of the corpus comes first.
+    Of passages with the same score the first ones of the corpus are found, in their order.
 
     Args:
         questions: embeddings in fp32 [q, d].
@@ -41,11 +41,29 @@ def _nearest(questions: Tensor, vectors: np.ndarray, count: int, first: int) -> 
     scores, numbers = questions.new_empty(len(questions), 0), questions.new_empty(len(questions), 0).long()
     for start in range(0, len(vectors), ROWS):
         block = torch.from_numpy(np.array(vectors[start : start + ROWS], np.float32)).to(questions.device)
-        parts = [(part @ block.t()).topk(min(count, len(block))) for part in questions.split(QUESTIONS)]
-        scores = torch.cat([scores, torch.cat([part.values for part in parts])], 1)
-        numbers = torch.cat([numbers, torch.cat([part.indices for part in parts]) + first + start], 1)
+        parts = [first_best(part @ block.t(), min(count, len(block))) for part in questions.split(QUESTIONS)]
+        scores = torch.cat([scores, torch.cat([part[0] for part in parts])], 1)
+        numbers = torch.cat([numbers, torch.cat([part[1] for part in parts]) + first + start], 1)
         scores, numbers = best(scores, numbers, count)
     return scores.cpu(), numbers.cpu()
+
+
+def first_best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Of all passages of a block [q, n] the best ones [q, k]: scores and columns, of equal scores the first columns.
+
+    torch.topk finds any of the passages that are equal to the last one; rows with more of them are counted out again.
+    They are in no certain order.
+    """
+    values, columns = scores.topk(count)
+    least = values[:, -1:]
+    tied = (scores >= least).sum(1) > count
+    if tied.any():
+        own, last = scores[tied], least[tied]
+        better, equal = own > last, own == last
+        chosen = better | (equal & (equal.cumsum(1) + better.sum(1, keepdim=True) <= count))
+        columns[tied] = chosen.nonzero()[:, 1].view(-1, count)
+        values[tied] = own.gather(1, columns[tied])
+    return values, columns
 
 
 def best(scores: Tensor, numbers: Tensor, count: int) -> tuple[Tensor, Tensor]:

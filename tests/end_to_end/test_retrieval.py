@@ -197,7 +197,7 @@ def test_a_corpus_is_embedded_and_searched(keys: dict[str, dict[str, Any]], tmp_
     before = stored.copy()
     done[2], stored[32:48], stored[0] = 0, 7.0, 9.0  # the second is missing, the first is not looked at
     done.flush(), stored.flush()
-    with pytest.raises(RankFailedError, match="1 blocks of its passages have no embeddings"):
+    with pytest.raises(RankFailedError, match="1 blocks of its embeddings are missing"):
         run_distributed(search_rank, 1, 16, calls("data")[1:])
     run_distributed(search_rank, 1, 16, calls("data")[:1])
     again = np.load(tmp_path / "data" / "vectors.npy")

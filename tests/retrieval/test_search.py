@@ -14,6 +14,7 @@ from megatron.distributed.mesh import Axis
 from megatron.errors import ConfigError, RunError
 from megatron.retrieval import embedding_file, search
 from megatron.retrieval.embedding_file import EmbeddingFile
+from megatron.retrieval.neighbors import nearest_elsewhere
 from megatron.retrieval.search import nearest
 
 FACTS: dict[str, Any] = {"passages": 10, "width": 3, "dtype": "float16", "corpus": "c", "tokenizer": "t"}
@@ -29,12 +30,26 @@ def test_the_nearest_are_those_of_numpy(passages: int, count: int, monkeypatch: 
     questions = generator.integers(-3, 4, (5, 6)).astype(np.float32)
     scores, numbers = nearest(torch.from_numpy(questions), vectors, count, Axis("data"))
     products = questions.astype(np.float64) @ vectors.astype(np.float64).T
-    expected = np.sort(products, 1)[:, ::-1][:, :count]
-    np.testing.assert_array_equal(scores.numpy(), expected)
-    np.testing.assert_array_equal(np.take_along_axis(products, numbers.numpy(), 1), expected)
-    assert all(len(set(row)) == len(row) for row in numbers.tolist())
-    for values, row in zip(scores.tolist(), numbers.tolist(), strict=True):
-        assert row == [number for _, number in sorted(zip([-value for value in values], row, strict=True))]
+    expected = np.argsort(-products, axis=1, kind="stable")[:, :count]
+    np.testing.assert_array_equal(numbers.numpy(), expected)
+    np.testing.assert_array_equal(scores.numpy(), np.take_along_axis(products, expected, 1))
+
+
+def test_of_equal_chunks_the_first_are_neighbors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of left-out documents, and one that is not a number, are no neighbours."""
+    monkeypatch.setattr(search, "ROWS", 7)
+    monkeypatch.setattr(search, "QUESTIONS", 2)
+    generator = np.random.default_rng(0)
+    vectors = generator.integers(-1, 2, (40, 3)).astype(np.float32)
+    vectors[5] = np.nan
+    questions, owners = generator.integers(-1, 2, (6, 3)).astype(np.float32), np.arange(40) // 4
+    left_out = [np.array([0, 3]), np.array([9]), np.array([], np.int64)]
+    found = nearest_elsewhere(torch.from_numpy(questions), vectors, owners, left_out, 6)
+    distances = np.square(questions[:, None] - vectors).sum(-1)
+    distances[:, 5] = np.inf
+    for number, row in enumerate(distances):
+        row[np.isin(owners, left_out[number // 2])] = np.inf
+    np.testing.assert_array_equal(found, np.argsort(distances, axis=1, kind="stable")[:, :6])
 
 
 def test_what_is_missing_is_known_and_other_embeddings_are_refused(
@@ -46,6 +61,8 @@ def test_what_is_missing_is_known_and_other_embeddings_are_refused(
         EmbeddingFile(folder, writes=False)
     embedding_file.create(folder, FACTS)
     stored = EmbeddingFile(folder, writes=True)
+    with pytest.raises(ConfigError, match="3 blocks of its embeddings are missing"):
+        stored.require_complete(folder, key="embedding_path", hint="embed them")
     assert stored.missing == [0, 1, 2] and stored.numbers(2) == range(8, 10)
     stored.write(2, np.full((2, 3), 1.5))
     embedding_file.create(folder, FACTS)  # nothing written is lost
