@@ -29,8 +29,9 @@ from megatron.log import get_logger
 from megatron.retrieval import embedding_file
 from megatron.retrieval.embedding_file import EmbeddingFile
 from megatron.retrieval.encoder import TextEncoder
+from megatron.retrieval.faiss_index import require_faiss
 from megatron.retrieval.main_rank import on_main_rank
-from megatron.retrieval.search import nearest
+from megatron.retrieval.passage_finder import PassageFinder
 from megatron.tokenizer_info import describe_tokenizer
 from megatron.tokenizers.base import Tokenizer
 from megatron.tokenizers.masking import class_tokens
@@ -77,10 +78,12 @@ def search_passages(config: Config) -> None:
     """Prints how often an answer of a question is in the first passages, and writes them. Collective over all ranks.
 
     `passages.jsonl` in the run directory has the passages of each question, `retrieval.json` the shares. Raises
-    ConfigError where embeddings are of another corpus, tokenizer or model, or not complete.
+    ConfigError where embeddings are of another corpus, tokenizer or model, or not complete, or the index is of others.
     """
     config = config.for_inference()
-    section, evidence = config.retrieval, _evidence(config)
+    section = config.retrieval
+    require_faiss(section.retrieval_index)
+    evidence = _evidence(config)
     folder = Path(require(section.embedding_path))
     files = {path: read_open_questions(Path(path)) for path in section.qa_data or ()}
 
@@ -91,6 +94,7 @@ def search_passages(config: Config) -> None:
         stored = EmbeddingFile(folder, writes=False)
         hint = "run tools/embed_passages.py with the same configuration again"
         stored.require_complete(folder, key=embedding_file.KEY, hint=hint)
+        find = PassageFinder(section, folder, stored.rows, topology)
         encoder = _encoder(config, engine, tokenizer, QUERIES)
         tops = sorted(section.retrieval_report_topk_accuracies)
         record: dict[str, Any] = {}
@@ -98,10 +102,11 @@ def search_passages(config: Config) -> None:
         for path, questions in files.items():
             rows = encoder.rows([("", question.text) for question in questions])
             vectors = encoder.embed_sorted(rows, _batch_size(config))
-            scores, numbers = nearest(vectors, stored.rows, tops[-1], topology.data)
+            scores, numbers = find(vectors, tops[-1])
+            recall = find.recall(vectors, numbers)
             if topology.rank == 0:
                 own = _with_answers(questions, scores, numbers, evidence, section.retrieval_match)
-                record[path] = {"questions": len(questions), **_shares(own, tops)}
+                record[path] = {"questions": len(questions), **_shares(own, tops), **recall}
                 found += own
         if topology.rank == 0:
             _report(config, record, partial(_write_passages, found=found, evidence=evidence))
@@ -177,8 +182,8 @@ def _with_answers(
     found = []
     for question, own, values in zip(questions, numbers.tolist(), scores.tolist(), strict=True):
         has = matcher(question.answers, match)
-        answers = [has(evidence.passage(number)[1].text) for number in own]
-        found.append((question, list(zip(own, values, answers, strict=True))))
+        pairs = [(number, value) for number, value in zip(own, values, strict=True) if number >= 0]
+        found.append((question, [(*pair, has(evidence.passage(pair[0])[1].text)) for pair in pairs]))
     return found
 
 

@@ -77,6 +77,7 @@ WHERE: dict[str, tuple[str, ...]] = {
     "fla": ("megatron/kernels/flash_linear_attention.py",),
     "mamba_ssm": ("megatron/kernels/mamba.py",),
     "triton": ("megatron/kernels/triton/", "benchmarks/kernel_resources.py"),
+    "faiss": ("megatron/retrieval/faiss_index.py",),
     "ftfy": ("megatron/data/",),
     "zstandard": ("megatron/data/",),
     "tiktoken": ("megatron/tokenizers/", "benchmarks/"),

@@ -16,6 +16,7 @@ from tests.architecture.source import PRODUCT, ROOT, imports
 
 # Where the name to install is not the name to import.
 INSTALLED_AS = {
+    "faiss": "faiss-cpu",
     "fla": "fla-core",
     "flash_attn": "flash-attn",
     "flash_attn_interface": "flash-attn",  # version 3, built from a folder of the same source

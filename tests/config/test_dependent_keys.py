@@ -11,6 +11,7 @@ from megatron.config.derived.draft import DERIVED_ONLY
 from megatron.config.validation.dependent_keys import DEPENDENT
 from megatron.config.validation.unsupported import GAPS, IGNORED_HINTS, UNUSED_KEYS
 from megatron.registry.attention import SOFTMAX_KEYS
+from tests.config.retrieval import WHERE_RETRIEVAL_MATTERS
 from tests.config.retro import WHERE_RETRO_MATTERS
 from tests.config.small import SMALL, errors, resolved
 
@@ -21,9 +22,6 @@ EXPERTS = {"moe_num_experts": 2}
 TOPK = {**EXPERTS, "moe_router_type": "topk"}
 RESUMED = {"load": "x"}
 INFINITE = {"lr_decay_style": "infinite_cosine", "infinite_constant_lr": 5e-4, "min_lr": 1e-5}
-ICT = {"train_impl": "ict", "data_path": "d", "no_weight_tying": False, "pos_emb": "learned"}
-DPR = {"train_impl": "dpr", "task_train_data": ["x.json"], "no_weight_tying": False, "pos_emb": "learned"}
-FILES = {"evidence_data_path": __file__, "embedding_path": "x", "qa_data": [__file__]}
 TASK = {"train_impl": "classification", "task_train_data": ["x.jsonl"], "task_labels": ["a", "b"]}
 TASK |= {"no_weight_tying": False, "pos_emb": "learned"}
 SAVED = {"save": "x", "extra_save_iters": [1]}
@@ -228,17 +226,7 @@ WHERE_IT_MATTERS: dict[str, tuple[Any, dict[str, Any] | None]] = {
     "valid_same_samples": (True, {}),
     "mmap_warmup": (True, {}),
     "eval_interval": (7, TASK),
-    "retrieval_score_scaling": (True, ICT),
-    "retrieval_report_topk_accuracies": ([2], ICT),
-    "retrieval_shared_encoder": (True, ICT),
-    "retrieval_projection_size": (8, ICT),
-    "titles_data_path": ("t", ICT),
-    "query_in_block_prob": (0.2, ICT),
-    "use_one_sent_docs": (True, ICT),
-    **{key: (value, None) for key, value in (("evidence_data_path", "x.tsv"), ("qa_data", ["x.tsv"]))},
-    "embedding_path": ("y", {**DPR, **FILES, "user_script": "search_passages.py"}),
-    "retrieval_match": ("regex", {**DPR, **FILES, "user_script": "search_passages.py"}),
-    **{f"retrieval_{name}_negatives": (2, DPR) for name in ("hard", "other", "valid_hard", "valid_other")},
+    **WHERE_RETRIEVAL_MATTERS,
     **WHERE_RETRO_MATTERS,
     "z_loss": (0.1, {"train_impl": "rm"}),
     "online_dataserver_ips": (["x"], {"dataset_impl": "online"}),

@@ -32,6 +32,7 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({**DPR, "user_script": "tools/embed_passages.py"}, "embed_passages.py needs it"),
     ({**DPR, "user_script": "search_passages.py", "embedding_path": "e"}, "search_passages.py needs it"),
     ({**DPR, "user_script": "embed_passages.py", "evidence_data_path": "none.tsv"}, "there is no such file"),
+    ({**DPR, "user_script": "search_passages.py", "retrieval_ivf_probes": 0}, "it must be 1 or more"),
     ({"user_script": "search_passages.py"}, "it has no encoders of queries and passages"),
     ({**DPR, "context_parallel_size": 2}, "a ring skips later tokens"),
 ]

@@ -192,6 +192,13 @@ def test_a_corpus_is_embedded_and_searched(keys: dict[str, dict[str, Any]], tmp_
         assert (tmp_path / f"logs {name}" / "passages.jsonl").exists()
         other = json.loads((tmp_path / f"logs {name}" / "retrieval.json").read_text())
         assert other[str(tmp_path / "questions.tsv")] == record
+    indexed = {
+        name: {**calls("data", retrieval_index=name)[1][1], "log_dir": str(tmp_path / name)} for name in ("flat", "ivf")
+    }
+    run_distributed(search_rank, 2, 16, [("search_passages.py", settings) for settings in indexed.values()])
+    for name in indexed:  # ivf has one cell, so it compares with all
+        other = json.loads((tmp_path / name / "retrieval.json").read_text())[str(tmp_path / "questions.tsv")]
+        assert other == {**record, **({"index_recall": 1.0} if name == "ivf" else {})}
 
     done, stored = (np.load(tmp_path / "data" / name, mmap_mode="r+") for name in ("done.npy", "vectors.npy"))
     before = stored.copy()

@@ -16,6 +16,9 @@ EMBED, SEARCH = "embed_passages.py", "search_passages.py"
 RETRIEVAL_SCRIPTS = (EMBED, SEARCH)
 """What is run with a trained model of such an objective."""
 
+EXACT, FLAT, IVF = "exact", "flat", "ivf"
+"""Values of retrieval_index."""
+
 
 def require_dpr_format(form: str | None) -> str:
     """Returns the value of task_format for questions and passages. Raises ConfigError for another one."""

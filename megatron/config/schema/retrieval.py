@@ -42,6 +42,15 @@ class RetrievalSection(Section):
     qa_data: Strings | None = key(
         None, "Files of questions and answers whose passages tools/search_passages.py finds: tsv or JSON lines."
     )
+    retrieval_index: str = key(
+        "exact",
+        "How tools/search_passages.py compares questions with passages: exact, on all ranks; flat, with all of them by "
+        "faiss on one rank; or ivf, with those of the nearest cells of an index beside the embeddings.",
+        choices=("exact", "flat", "ivf"),
+    )
+    retrieval_ivf_probes: int = key(
+        32, "Cells of an index of kind ivf whose passages a question is compared with.", unit="cells"
+    )
     retro_project_dir: str | None = key(
         None,
         "Folder of chunks and neighbours that tools/build_retro_database.py makes and a run with retro_add_retriever "

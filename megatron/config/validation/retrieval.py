@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron.config.config import Config
-from megatron.config.derived.retrieval import DPR, EMBED, ICT, RETRIEVAL, RETRIEVAL_SCRIPTS, SEARCH
+from megatron.config.derived.retrieval import DPR, EMBED, ICT, IVF, RETRIEVAL, RETRIEVAL_SCRIPTS, SEARCH
 from megatron.config.validation.dependent_model_keys import DependentKeys
 from megatron.errors import ConfigIssue
 
@@ -82,6 +82,8 @@ def searches_have_their_files(config: Config) -> Iterator[ConfigIssue]:
         if not getattr(section, key):
             yield ConfigIssue(f"{script} needs it", key=key, value=None)
     named = [section.evidence_data_path, *((section.qa_data or ()) if script == SEARCH else ())]
+    if section.retrieval_ivf_probes < 1:
+        yield ConfigIssue("it must be 1 or more", key="retrieval_ivf_probes", value=section.retrieval_ivf_probes)
     for key, path in zip(("evidence_data_path", *["qa_data"] * len(named)), named, strict=False):
         if path is not None and not Path(path).is_file():
             yield ConfigIssue("there is no such file", key=key, value=path)
@@ -117,7 +119,14 @@ OF_RETRIEVAL: tuple[DependentKeys, ...] = (
         f"only tools/{EMBED} and tools/{SEARCH} read it",
     ),
     DependentKeys(
-        ("qa_data", "retrieval_match"), lambda config: script_name(config) == SEARCH, f"only tools/{SEARCH} reads it"
+        ("qa_data", "retrieval_match", "retrieval_index"),
+        lambda config: script_name(config) == SEARCH,
+        f"only tools/{SEARCH} reads it",
+    ),
+    DependentKeys(
+        ("retrieval_ivf_probes",),
+        lambda config: script_name(config) == SEARCH and config.retrieval.retrieval_index == IVF,
+        f"only tools/{SEARCH} with retrieval_index: {IVF} reads it",
     ),
     DependentKeys(
         ("pack_impl", "eod_mask_loss", "allow_chopped"),
