@@ -16,12 +16,18 @@ from typing import Any
 
 IN_PROJ, OUT_PROJ = "in_proj", "out_proj"
 """The targets of recurrent mixers; `all` names them for models that have them."""
+EXPERTS_IN, EXPERTS_OUT = "experts_h_to_4h", "experts_4h_to_h"
+"""The targets of experts: one A and one B for each of a block. `all` does not name them."""
+EXPERTS = "experts"
+"""Short for both."""
 TARGETS = {
     "query_key_value": ("attention.query_key_value",),
     "output_gate": ("attention.output_gate",),
     "dense": ("attention.dense",),
     "dense_h_to_4h": ("mlp.linear1",),
     "dense_4h_to_h": ("mlp.linear2",),
+    EXPERTS_IN: ("mlp.experts.mlp.w1", "mlp.experts.mlp.w3"),
+    EXPERTS_OUT: ("mlp.experts.mlp.w2",),
     IN_PROJ: ("mixer.in_proj", "attention.in_proj"),
     OUT_PROJ: ("mixer.out_proj",),
 }
@@ -64,8 +70,13 @@ class LowRank:
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
 
     def modules(self) -> tuple[str, ...]:
-        """Returns the targeted modules inside a block."""
+        """Returns the targeted modules inside a block, and the targeted stacks of experts."""
         return tuple(module for name in self.targets for module in TARGETS[name])
+
+    @property
+    def of_experts(self) -> bool:
+        """Whether experts are targeted."""
+        return EXPERTS_IN in self.targets or EXPERTS_OUT in self.targets
 
     def block(self) -> dict[str, Any]:
         """Returns the configuration's block with all defaults."""
@@ -134,7 +145,10 @@ def targets(block: Block) -> list[str]:
     """Returns the targets of a `lora` block by their names in TARGETS; query_key_value by default."""
     given = block.get("targets") or "query_key_value"
     listed = [given] if isinstance(given, str) else list(given)
-    every = [name for name in TARGETS if name not in (GATE, IN_PROJ, OUT_PROJ) or name in listed]
+    if EXPERTS in listed:
+        listed = [name for name in listed if name != EXPERTS] + [EXPERTS_IN, EXPERTS_OUT]
+    special = (GATE, IN_PROJ, OUT_PROJ, EXPERTS_IN, EXPERTS_OUT)
+    every = [name for name in TARGETS if name not in special or name in listed]
     return every if ALL in listed else [ALIASES.get(name, name) for name in listed]
 
 

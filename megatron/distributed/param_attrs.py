@@ -20,10 +20,15 @@ def mark_sharded(parameter: nn.Parameter, dim: int, sections: tuple[int, ...] = 
     sections: as in megatron.param_table.
     """
     parameter.neox_shard_dim = dim  # type: ignore[attr-defined]
-    parameter.neox_shard_sections = sections  # type: ignore[attr-defined]
+    mark_sections(parameter, sections)
     # DeepSpeed's gradient norm counts a parameter on every tensor-parallel rank only if it has one of these.
     parameter.model_parallel = True  # type: ignore[attr-defined]
     parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+
+
+def mark_sections(parameter: nn.Parameter, sections: tuple[int, ...]) -> None:
+    """Marks the global sizes of the sections along the first dimension of a stack, or along a shard dimension."""
+    parameter.neox_shard_sections = sections  # type: ignore[attr-defined]
 
 
 def is_sharded(parameter: nn.Parameter) -> bool:

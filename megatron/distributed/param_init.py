@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.distributed.mesh import Axis
-from megatron.distributed.param_attrs import mark_experts, mark_no_weight_decay, mark_sharded
+from megatron.distributed.param_attrs import mark_experts, mark_no_weight_decay, mark_sections, mark_sharded
 from megatron.distributed.partial_grads import mark_partial_grad
 
 InitFn = Callable[[Tensor, torch.Generator], None]
@@ -84,7 +84,15 @@ class ParamFactory:
         return parameter
 
     def expert_stack(
-        self, name: str, shape: tuple[int, int], init_fn: InitFn, *, count: int, over: Axis, transposed: bool = False
+        self,
+        name: str,
+        shape: tuple[int, int],
+        init_fn: InitFn,
+        *,
+        count: int,
+        over: Axis,
+        transposed: bool = False,
+        sharded: bool = True,
     ) -> nn.Parameter:
         """Creates this rank's shards of `count` expert matrices, stacked: [e w/t, h].
 
@@ -97,6 +105,7 @@ class ParamFactory:
             count: number of experts.
             over: ranks over which the experts are distributed, e experts on each.
             transposed: true if the matrix of the layer is [h, w], and is initialized as such.
+            sharded: false if each tensor-parallel rank has all rows, [e w, h], and computes a term of their gradient.
         """
         if count % over.size:
             raise ValueError(f"{count} experts do not divide by {over.size} expert-parallel ranks")
@@ -104,9 +113,16 @@ class ParamFactory:
         parts = []
         for expert in range(over.rank * (count // over.size), (over.rank + 1) * (count // over.size)):
             full = self._draw(f"{name}.{expert}", shape[::-1] if transposed else shape, init_fn)
-            parts.append(_shard_of(full.t() if transposed else full, 0, self.axis).to(self.dtype))
+            full = full.t() if transposed else full
+            parts.append((_shard_of(full, 0, self.axis) if sharded else full).to(self.dtype))
         parameter = nn.Parameter(torch.cat(parts))
-        mark_sharded(parameter, 0, (shape[0],) * count)
+        sections = (shape[0],) * count
+        if sharded:
+            mark_sharded(parameter, 0, sections)
+        else:
+            mark_sections(parameter, sections)
+            if self.axis.size > 1:
+                mark_partial_grad(parameter, self.axis)
         mark_experts(parameter, over)
         return parameter
 

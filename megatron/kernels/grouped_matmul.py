@@ -16,6 +16,8 @@ from torch import Tensor
 from megatron.kernels.cpu_features import needs_fp32_matmul
 from megatron.kernels.linear import widened_linear
 
+ALIGNED = 8
+"""Values in bfloat16 of which torch's kernel needs a multiple in each row."""
 GroupedKernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(rows [m, in], matrices [e, in, out], rows of each group [e]) -> [m, out]."""
 
@@ -49,6 +51,29 @@ def fused_grouped(rows: Tensor, matrices: Tensor, counts: Tensor) -> Tensor:
     ends = counts.cumsum(0).to(torch.int32)
     product: Tensor = F.grouped_mm(rows, matrices, offs=ends)
     return product
+
+
+def low_rank_grouped(
+    product: GroupedKernel, rows: Tensor, matrices: tuple[Tensor, ...], counts: Tensor, scale: float
+) -> tuple[Tensor, ...]:
+    """Products of rows with scale A B for one A and several B of each group, [m, out] each.
+
+    torch's kernel needs rows of 16 bytes, so that it gets A and B with a rank that was padded to a multiple of 8.
+
+    Args:
+        product: grouped product.
+        rows: [m, in].
+        matrices: A [e, in, r], then each B [e, r, out].
+        counts: rows of each group [e].
+        scale: of the products.
+    """
+    down, *ups = matrices
+    missing = -down.shape[-1] % ALIGNED if product is fused_grouped else 0
+    if missing:
+        down = F.pad(down, (0, missing))
+        ups = [F.pad(up, (0, 0, 0, missing)) for up in ups]
+    low = product(rows, down, counts) * scale  # [m, r]
+    return tuple(product(low, up, counts) for up in ups)
 
 
 def choose_grouped(device: torch.device, dtype: torch.dtype) -> GroupedKernel:

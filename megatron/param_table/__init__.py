@@ -1,6 +1,15 @@
 """Table of a model's tensors: layer index, name, global shape and shard dimension."""
 
-from megatron.param_table.adapters import DOWN, MAGNITUDE, NAMED_KINDS, PROMPT, UP, is_adapter_tensor, trainable_tensors
+from megatron.param_table.adapters import (
+    DOWN,
+    EXPERT_FACTORS,
+    MAGNITUDE,
+    NAMED_KINDS,
+    PROMPT,
+    UP,
+    is_adapter_tensor,
+    trainable_tensors,
+)
 from megatron.param_table.blocks import retrieval_tensors
 from megatron.param_table.dims import LatentDims, MixtureDims, ModelDims
 from megatron.param_table.mixer_dims import DeltaDims, MixerDims
@@ -21,6 +30,7 @@ from megatron.param_table.widths import (
 
 __all__ = [
     "DOWN",
+    "EXPERT_FACTORS",
     "FIRST_BLOCK",
     "MAGNITUDE",
     "NAMED_KINDS",

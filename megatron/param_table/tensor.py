@@ -20,6 +20,7 @@ Kind = Literal[
     "head",
     "vocabulary_bias",
     "adapter",
+    "expert_adapter",
     "prompt",
 ]
 

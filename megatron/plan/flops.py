@@ -41,15 +41,14 @@ def flops_per_iteration(
         predicted: fraction of the tokens that a masked language model predicts; 1 for a language model.
     """
     updates = sum(tensor.count for tensor in table if tensor.kind == "adapter" and len(tensor.shape) > 1)
+    updates += _of_token(dims, table, "expert_adapter")
     heads = [tensor for tensor in table if tensor.kind == "weight" and tensor.layer == dims.num_layers + 4]
     matrices = sum(tensor.count for tensor in table if tensor.kind == "weight" and tensor not in heads)
     matrices += sum(
         round(tensor.count * predicted) if tensor.name.startswith("lm_head") else tensor.count // seq_length
         for tensor in heads
     )
-    matrices += (
-        sum(tensor.count for tensor in table if tensor.kind == "expert") * dims.mixture.top_k // dims.mixture.experts
-    )
+    matrices += _of_token(dims, table, "expert")
     head = "word_embedding" if dims.tied else "head"
     matrices += round((predicted + dims.mtp_layers) * sum(tensor.count for tensor in table if tensor.kind == head))
     mixing = 0.0
@@ -60,6 +59,11 @@ def flops_per_iteration(
     if dims.frozen and dims.trains_head:
         products += 2 * sum(tensor.count for tensor in table if tensor.kind == head)
     return (products + 3 * round(mixing)) * seq_length * train_batch_size
+
+
+def _of_token(dims: ModelDims, table: Sequence[TensorShape], kind: str) -> int:
+    """Returns the elements of experts' tensors of a kind that a token passes through."""
+    return sum(tensor.count for tensor in table if tensor.kind == kind) * dims.mixture.top_k // dims.mixture.experts
 
 
 def _mixing(dims: ModelDims, block: int, seq_length: int) -> int:

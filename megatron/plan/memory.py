@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 
-from megatron.adapter_config import IN_PROJ, MODULES, OUT_PROJ
+from megatron.adapter_config import EXPERTS_IN, EXPERTS_OUT, IN_PROJ, MODULES, OUT_PROJ
 from megatron.output_blocks import rows_of_a_block
 from megatron.param_table import LatentDims, ModelDims
 from megatron.param_table.blocks import block_tensors
@@ -92,27 +92,34 @@ class StateLayout:
     """Ranks that share a second copy of all weights at ZeRO 3; 0 without one."""
 
 
-def state_memory(count: int, layout: StateLayout, experts: int = 0, trained: int | None = None) -> tuple[int, int, int]:
+def state_memory(
+    count: int, layout: StateLayout, experts: int = 0, trained: tuple[int, int] | None = None
+) -> tuple[int, int, int]:
     """Returns the bytes of parameters, gradients and optimizer on a rank.
 
     Args:
         count: parameters of every data parallel rank.
         layout: the settings.
         experts: parameters of all experts of an expert parallel group.
-        trained: trainable parameters, if all others and the experts are frozen.
+        trained: the trainable ones among both, if all others are frozen.
     """
     width, stage = layout.width, layout.zero_stage
-    local = experts // layout.expert_parallel_size
-    share = -(-count // layout.ranks) + -(-local // max(1, layout.ranks // layout.expert_parallel_size))
-    count += local
+    count, share = _held(count, experts, layout)
     parameters = width * (share + min(count, layout.gathered)) if stage == 3 else width * count
     parameters += width * -(-count // layout.secondary) if stage == 3 and layout.secondary > 1 else 0
     if trained is not None:
-        count, share = trained, -(-trained // layout.ranks)
+        count, share = _held(*trained, layout)
     state_per_param = layout.state_per_param * FP32
     if stage == 0:
         return parameters, width * count, int(state_per_param * count) + (FP32 * count if width < FP32 else 0)
     return parameters, _zero_gradients(count, share, layout), int((state_per_param + FP32) * share)
+
+
+def _held(count: int, experts: int, layout: StateLayout) -> tuple[int, int]:
+    """Returns the parameters of a rank, and those of its partition by ZeRO. Arguments as of `state_memory`."""
+    local = experts // layout.expert_parallel_size
+    copies = max(1, layout.ranks // layout.expert_parallel_size)
+    return count + local, -(-count // layout.ranks) + -(-local // copies)
 
 
 def _zero_gradients(count: int, share: int, layout: StateLayout) -> int:
@@ -165,7 +172,7 @@ def _mlp(dims: ModelDims, layout: ActivationLayout, block: int) -> int:
     """Returns the saved bytes of a block's MLP or experts, without their input."""
     if dims.has_experts(block):
         return _experts(dims, layout)
-    return layout.tokens * _mlp_width(dims, layout, dims.mlp_width) * layout.width
+    return layout.tokens * _mlp_width(dims, layout, dims.mlp_width, "dense_4h_to_h") * layout.width
 
 
 def _between(dims: ModelDims, block: int) -> int:
@@ -235,12 +242,19 @@ def _mixer(dims: ModelDims, layout: ActivationLayout, block: int) -> int:
     return saved
 
 
-def _mlp_width(dims: ModelDims, layout: ActivationLayout, width: int) -> int:
-    """Returns the features that an MLP of an inner width saves per token, without its input."""
+def _mlp_width(dims: ModelDims, layout: ActivationLayout, width: int, outer: str) -> int:
+    """Returns the features that an MLP of an inner width saves per token, without its input.
+
+    Args:
+        dims: of the model.
+        layout: of the activations.
+        width: inner width of the MLP.
+        outer: what `lora` calls its second matrix; "" where no update is for it.
+    """
     inner = width // layout.model_parallel_size
     gated = 3 if layout.cpu else 4  # the compiled kernel saves only its input, of twice the width
     gated += 2 if layout.bounded_gates else 0  # which then is a copy of the halves
-    return ((gated if dims.gated else 2) - (not dims.saves_input("dense_4h_to_h"))) * inner
+    return ((gated if dims.gated else 2) - (not dims.saves_input(outer))) * inner
 
 
 def _experts(dims: ModelDims, layout: ActivationLayout) -> int:
@@ -252,9 +266,12 @@ def _experts(dims: ModelDims, layout: ActivationLayout) -> int:
     """
     mixture = dims.mixture
     visits = layout.tokens * mixture.top_k
-    features = (1 if dims.frozen else 2) * dims.hidden_size + _mlp_width(dims, layout, dims.expert_width)
+    adapter = dims.low_rank if dims.low_rank is not None and dims.low_rank.of_experts else None
+    features = (2 if dims.saves_input(EXPERTS_IN) else 1) * dims.hidden_size
+    features += _mlp_width(dims, layout, dims.expert_width, EXPERTS_OUT)
+    features += 0 if adapter is None else adapter.rank * len({EXPERTS_IN, EXPERTS_OUT} & set(adapter.targets))
     router = 0 if layout.width == FP32 or dims.frozen else dims.hidden_size * FP32
-    shared = _mlp_width(dims, layout, mixture.shared_width) + dims.hidden_size * mixture.shared_gate
+    shared = _mlp_width(dims, layout, mixture.shared_width, "") + dims.hidden_size * mixture.shared_gate
     saved = visits * features * layout.width + layout.tokens * (router + 4 * mixture.experts * FP32)
     return saved + (layout.tokens * shared * layout.width if mixture.shared_width else 0)
 

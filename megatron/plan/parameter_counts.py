@@ -13,7 +13,7 @@ from megatron.registry import ATTENTION_ALONE, WITHOUT_ATTENTION
 
 SAME_TENSORS = {"global", "flash", ATTENTION_ALONE, *SPARSE_KINDS}
 """Kinds with the same tensors of attention and different masks."""
-OF_EXPERTS = ("expert", "expert_bias")
+OF_EXPERTS = ("expert", "expert_bias", "expert_adapter")
 """Kinds of tensors that expert-parallel ranks share out."""
 
 

@@ -145,23 +145,24 @@ def memory_of(config: Config, table: list[TensorShape], padded_vocab_size: int, 
         of_two_stacks = {"of_block": retro_activations}
     stored, activations = state_layout(config), activation_layout(config)
     candidates = []
-    shared, experts = split_experts(table)
+    (shared, experts), trainable = split_experts(table), split_experts(trainable_tensors(table))
     copied = layout.rank_of(layout.stages - 1) != 0  # a tied output layer has a copy of the embedding
     held = zip(
         on_rank(shared, bounds, axes.model_parallel_size, tied=(dims.tied or dims.mtp_layers > 0) and copied),
         on_rank(experts, bounds, axes.model_parallel_size, tied=False),
         on_rank(
-            trainable_tensors(table),
+            trainable[0],
             bounds,
             axes.model_parallel_size,
             tied=dims.tied and dims.trains_embedding and copied,
         ),
+        on_rank(trainable[1], bounds, axes.model_parallel_size, tied=False),
         strict=True,
     )
     of_stages = list(held)
     for rank, flying in enumerate(in_flight(layout, training.gradient_accumulation_steps or 1)):
         stages = layout.stages_of(rank)
-        counts = [sum(of_stages[stage][kind] for stage in stages) for kind in range(3)]
+        counts = [sum(of_stages[stage][kind] for stage in stages) for kind in range(4)]
         held_by = [
             stage_activations(
                 dims,
@@ -176,7 +177,7 @@ def memory_of(config: Config, table: list[TensorShape], padded_vocab_size: int, 
             if flying[stage]
         ]
         saved = sum(under_way for under_way, _ in held_by) + max(more for _, more in held_by)
-        changed = counts[2] if dims.frozen else None
+        changed = (counts[2], counts[3]) if dims.frozen else None
         candidates.append(Memory(*state_memory(counts[0], stored, counts[1], changed), saved))
     return max(candidates, key=lambda memory: memory.total)
 

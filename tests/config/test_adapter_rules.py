@@ -56,9 +56,18 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
     (
         1,
         {"lora": {"rank": 4, "targets": "all"}, "moe_num_experts": 4, "moe_router_type": "topk"},
-        "every block has experts in place of its MLP, so no block has a dense_h_to_4h; experts take no low-rank "
-        "updates; write targets: [query_key_value, dense]",
+        "every block has experts in place of its MLP, so no block has a dense_h_to_4h; write targets: "
+        "[query_key_value, dense], and experts for updates of these",
     ),
+    (1, {"lora": {"rank": 4, "targets": "experts"}}, "no block has experts (moe_num_experts); leave experts out"),
+    *[
+        (
+            1,
+            {"lora": {"rank": 4, "targets": ["experts_4h_to_h"], name: value}, "moe_num_experts": 4},
+            f"updates of experts take no {name}: peft has none for them",
+        )
+        for name, value in (("dropout", 0.1), ("dora", True))
+    ],
     (1, {"lora": {"rank": 4}, "soft_prompt_tuning": {}}, "a soft prompt is trained alone; keep one of the two"),
     *[
         (1, {"soft_prompt_tuning": block}, reported)

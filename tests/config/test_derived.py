@@ -194,6 +194,13 @@ def test_what_is_trained_beside_a_model_is_reported_full() -> None:
     kinds = [[["gated_delta_net", "mamba"], "all"]]
     mixed = resolved(lora={"rank": 2, "targets": "all"}, attention_config=kinds, pos_emb="none").config.model.lora
     assert mixed["targets"] == ["dense", "dense_h_to_4h", "dense_4h_to_h", "in_proj", "out_proj"]
+    mixture = {"moe_num_experts": 4, "moe_router_type": "topk"}
+    experts = ["experts_h_to_4h", "experts_4h_to_h"]
+    for interval, others in ((2, every), (1, every[:2])):  # every second block has an MLP, or none has
+        of_all = resolved(lora={"rank": 2, "targets": ["all", "experts"]}, moe_expert_interval=interval, **mixture)
+        assert of_all.config.model.lora["targets"] == [*others, *experts]
+    some = resolved(lora={"rank": 2, "targets": ["experts_4h_to_h", "dense"]}, **mixture).config.model.lora
+    assert some["targets"] == ["dense", "experts_4h_to_h"]
     named = resolved(lora={"rank": 2, "targets": ["linear2", "dense"], "enabled": True}).config.model.lora
     assert named["targets"] == ["dense", "dense_4h_to_h"]
     for written, meant in (("embedding", ["embedding"]), (["head", "embedding"], ["embedding", "head"])):

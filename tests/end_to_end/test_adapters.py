@@ -33,6 +33,11 @@ BOTH: Keys = {"lora": {**UPDATES["lora"], "modules_to_save": ["embedding", "head
 EMBEDDING: Keys = {"lora": {**UPDATES["lora"], "modules_to_save": ["embedding"]}, "no_weight_tying": True}
 HEAD: Keys = {"lora": {**UPDATES["lora"], "modules_to_save": "head"}, "no_weight_tying": True}
 SOME: Keys = {"lora": {"rank": 3, "targets": ["dense", "linear1"]}}
+EXPERTS: Keys = {
+    **MIXTURE,
+    "moe_router_type": "topk",
+    "lora": {"rank": 4, "alpha": 16, "targets": ["query_key_value", "dense", "experts"]},
+}
 MIXERS = "updates, mamba2 and gated delta nets"
 """These need sequences in order, and the cases of one world share their order, which is a ring's in RING."""
 CASES: dict[str, Keys] = {
@@ -50,6 +55,7 @@ CASES: dict[str, Keys] = {
         "linear_key_head_dim": 16,
         "linear_value_head_dim": 16,
     },
+    "updates of experts, gated": {**EXPERTS, "activation": "swiglu", "mlp_multiple_of": 8},
     "updates and the one matrix of both": BOTH,
     "updates, embedding": EMBEDDING,
     "updates, output layer": HEAD,
@@ -57,12 +63,11 @@ CASES: dict[str, Keys] = {
     "prompt, relative positions": {**PROMPT, "pos_emb": "rpe", "rpe_num_buckets": 8, "rpe_max_distance": 24},
     "prompt, untied": {**PROMPT, "pos_emb": "learned", "no_weight_tying": True},
 }
-FEW: Keys = {"lora": {"rank": 4, "targets": ["query_key_value", "dense"]}}
 DROPPED_BOTH: Keys = {"lora": {**BOTH["lora"], "dropout": 0.2}}
 DROPPED: Keys = {"lora": {"rank": 4, "targets": "all", "dropout": 0.2}}
 MEMBERS: dict[str, Keys] = {
     "updates": UPDATES,
-    "updates, experts": {**FEW, **MIXTURE, "moe_router_type": "topk"},
+    "updates, experts": EXPERTS,
     "updates, mamba": {**UPDATES, "attention_config": [[["mamba", "global"], "all"]], "norm": "layernorm"},
     "prompt": PROMPT,
     "prompt, rwkv": {

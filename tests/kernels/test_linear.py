@@ -96,6 +96,29 @@ def test_widened_groups_round_once(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(some.double(), others, rtol=2**-8, atol=1e-5)
 
 
+@pytest.mark.parametrize("rank", [3, 8])
+def test_updates_of_groups_by_the_fused_kernel(rank: int) -> None:
+    """Of a rank that the kernel takes and of one that it does not; A is stored as its transpose, as are both B."""
+    shapes, counts, scale = [(9, 32), (3, rank, 32), (3, 16, rank), (3, 16, rank)], torch.tensor([4, 0, 5]), 1.5
+    draws = torch.Generator().manual_seed(1)
+    low = [torch.randn(shape, generator=draws).bfloat16().requires_grad_() for shape in shapes]
+    exact = [tensor.detach().double().requires_grad_() for tensor in low]
+    grads = [torch.randn(9, 16, generator=draws).bfloat16() for _ in range(2)]
+    results = []
+    for (rows, *factors), product in ((low, grouped_matmul.fused_grouped), (exact, grouped_matmul.plain_grouped)):
+        turned = tuple(factor.transpose(1, 2) for factor in factors)
+        found = grouped_matmul.low_rank_grouped(product, rows, turned, counts, scale)
+        outer = [grad.to(rows.dtype) for grad in grads]
+        results.append((found, torch.autograd.grad(found, (rows, *factors), outer)))
+    group = exact[0][4:]
+    expected = [scale * group @ exact[1][2].T @ up[2].T for up in exact[2:]]
+    for some, others in zip(results[1][0], expected, strict=True):
+        torch.testing.assert_close(some[4:], others)
+    for some, others in zip((*results[0][0], *results[0][1]), (*results[1][0], *results[1][1]), strict=True):
+        assert some.dtype == torch.bfloat16
+        torch.testing.assert_close(some.double(), others, rtol=2**-6, atol=0.3)
+
+
 def test_the_choice_is_reported_as_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "needs_fp32_matmul", lambda device, dtype: False)
     assert onednn_unavailable(CPU, torch.float32) is None

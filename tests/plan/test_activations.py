@@ -90,6 +90,8 @@ CASES: dict[str, dict[str, Any]] = {
     "dropped updates": {**NEOX, "gpt_j_tied": True, "lora": {"rank": 8, "targets": "all", "dropout": 0.1}},
     "updates, llama": {**LLAMA, "lora": {"rank": 8, "targets": ["dense", "dense_4h_to_h"]}},
     "updates, experts": {**EXPERTS, "lora": {"rank": 8, "targets": ["query_key_value"]}},
+    "updates of experts": {**LLAMA, **EXPERTS, **SHARED, "lora": {"rank": 8, "targets": ["dense", "experts"]}},
+    "updates of experts' outputs": {**EXPERTS, "lora": {"rank": 8, "targets": ["experts_4h_to_h"]}},
     "updates, mamba": {
         "attention_config": [[["mamba"], "all"]],
         "pos_emb": "none",

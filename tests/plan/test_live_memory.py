@@ -103,6 +103,7 @@ WAYS: dict[str, tuple[int, dict[str, Any]]] = {
         2,
         {**UPDATES, **AGAIN, "pipe_parallel_size": 2, "gradient_accumulation_steps": 4},
     ),
+    "updates of experts": (1, {**EXPERTS, "moe_expert_parallel_size": 1, "lora": {"rank": 8, "targets": "experts"}}),
     "updates and both": (1, {**BOTH, "no_weight_tying": True}),
     "updates and the one matrix of both, pipeline 2": (
         2,

@@ -185,6 +185,15 @@ def test_mixtral_has_its_published_size() -> None:
     assert plan.flops_per_iteration is not None
     assert met.flops_per_iteration is not None
     assert plan.flops_per_iteration - met.flops_per_iteration == (one_mlp + routers) * tokens
+    frozen, updated = (
+        make_plan(resolution("20B", 2, **changes, **experts, lora={"rank": 8, "targets": targets}))
+        for targets in ("dense", ["dense", "experts"])
+    )
+    assert frozen.flops_per_iteration is not None
+    assert updated.flops_per_iteration is not None
+    assert updated.trainable == 32 * (8 * 8 * (4096 + 3 * 14336 + 4096) + 8 * 2 * 4096)  # halves share A
+    more = updated.flops_per_iteration - frozen.flops_per_iteration
+    assert more == 32 * 2 * 8 * (4096 + 3 * 14336 + 4096) * tokens  # a token meets two experts of eight
 
 
 def vocabulary(tmp_path: Path, content: Any, **changes: Any) -> tuple[int | None, str]:

@@ -23,6 +23,7 @@ from megatron.checkpoint.huggingface import safetensors_format
 from megatron.checkpoint.huggingface.export_model import PRECISIONS, Exported
 from megatron.checkpoint.huggingface.families import family_for
 from megatron.checkpoint.huggingface.family import ModelFamily, TensorMapping
+from megatron.checkpoint.huggingface.peft_experts import expert_promises, fused_matrices, target_parameters
 from megatron.checkpoint.huggingface.peft_modules import SavedModules
 from megatron.checkpoint.huggingface.peft_settings import CONFIG
 from megatron.checkpoint.huggingface.safetensors_format import Promise
@@ -85,8 +86,12 @@ def export_adapter(
     saved = SavedModules.of(stored, tokens, base_model)
     dtype = PRECISIONS.get(precision) or stored.full_tensor(stored.table[0]).dtype
     if updates is not None:
+        experts = fused_matrices(family, dims)
         promises = list(_factors(stored, family, dims, dtype))
         settings = _lora(updates, promises, turned=any(row.turned for row in family.table(dims)))
+        if updates.of_experts:
+            settings["target_parameters"] = target_parameters(experts, updates)
+            promises += expert_promises(stored, experts, updates, dtype)
         settings |= saved.settings(family, dims)
         promises += saved.promises(family, dims, dtype)
     else:

@@ -27,7 +27,6 @@ _UNREAD: Mapping[str, object] = {
     "kasa_config": None,
     "monteclora_config": None,
     "layer_replication": None,
-    "target_parameters": None,
     "trainable_token_indices": None,
 }
 """Settings with which an update is what it is here -> that value; absent ones have it."""
@@ -53,6 +52,8 @@ class PeftSettings:
     """On the input of updates [probability]."""
     alphas: Mapping[str, float]
     """Pattern of names of modules -> alpha, the first that matches."""
+    parameters: tuple[str, ...]
+    """Ends of the names of parameters that have updates without a linear layer around them."""
     saved: tuple[str, ...]
     """Ends of the names of modules that were replaced by trained copies."""
     ties: bool
@@ -74,6 +75,7 @@ class PeftSettings:
             magnitudes=bool(found.get("use_dora")),
             dropout=float(found.get("lora_dropout") or 0.0),
             alphas=found.get("alpha_pattern") or {},
+            parameters=tuple(sorted(found.get("target_parameters") or ())),
             saved=tuple([saved] if isinstance(saved, str) else saved),
             ties=bool(found.get("ensure_weight_tying")),
         )
@@ -83,8 +85,13 @@ class PeftSettings:
 
         module: its name in the model, which the first pattern that matches decides by. rank: its own.
         """
+        module = f"{module}.weight" if self.targets_parameter(f"{module}.weight") else module
         matching = (value for pattern, value in self.alphas.items() if re.match(rf"(.*\.)?({pattern})$", module))
         return float(next(matching, self.alpha) / (math.sqrt(rank) if self.rank_stabilized else rank))
+
+    def targets_parameter(self, name: str) -> bool:
+        """Returns whether a parameter of the model is one of `target_parameters`."""
+        return any(f".{name}".endswith(f".{ending}") for ending in self.parameters)
 
     @property
     def usual_factor(self) -> float:

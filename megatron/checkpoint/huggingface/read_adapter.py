@@ -8,7 +8,6 @@ of B is zero, as at the start of training. Source of names and files: peft 0.21,
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,9 +22,16 @@ from megatron.checkpoint.huggingface import safetensors_format
 from megatron.checkpoint.huggingface.family import ModelFamily, TensorMapping
 from megatron.checkpoint.huggingface.model_folder import HEADS, Folder
 from megatron.checkpoint.huggingface.peft_adapter import WEIGHTS
+from megatron.checkpoint.huggingface.peft_experts import (
+    Updates,
+    expert_factors,
+    fused_matrices,
+    random_down,
+    take_updates,
+)
 from megatron.checkpoint.huggingface.peft_settings import CONFIG, PeftSettings
 from megatron.errors import ConfigError, RunError
-from megatron.param_table import DOWN, MAGNITUDE, UP, ModelDims
+from megatron.param_table import DOWN, EXPERT_FACTORS, MAGNITUDE, UP, ModelDims
 
 OLD_WEIGHTS = "adapter_model.bin"
 PREFIX = "base_model.model."
@@ -83,10 +89,13 @@ def read_adapter(path: Path, folder: Folder, dims: ModelDims) -> PeftAdapter:
     settings = _settings(path)
     named = {folder.family.file_name(name): values for name, values in _named(path).items()}
     table = {row.ours.removesuffix(".weight"): row for row in folder.rows_of(dims)}
+    matrices = fused_matrices(folder.family, dims)
+    experts = take_updates(matrices, table, named, settings, folder.family)
     modules = {
         module: _updates_of(row, named, settings, folder.family)
         for module, row in table.items()
-        if module.partition(".")[2] in MODULES and row.joined is None and row.written
+        if module.partition(".")[2] in MODULES and module.partition(".")[2] not in EXPERT_FACTORS
+        if row.joined is None and row.written
     }
     saved = _saved(folder, dims, named, settings)
     if named:
@@ -94,13 +103,13 @@ def read_adapter(path: Path, folder: Folder, dims: ModelDims) -> PeftAdapter:
         hint = "these may be adapted: " + ", ".join(TARGETS) + "; merge others into the model with peft"
         raise RunError.of(what, location=str(path), hint=hint)
     found = {module: parts for module, parts in modules.items() if parts}
-    if not found:
+    if not found and not experts:
         raise RunError.of("it has no low-rank update", location=str(path))
     rows = _added_rows(path, saved, folder, tied=dims.tied)
-    asked = _low_rank(found, settings, saved.names)
-    targets = set(asked.modules())
+    asked = _low_rank(found, experts, settings, saved.names)
+    targets = set(asked.modules()) - EXPERT_FACTORS.keys()
     shapes = {module: row for module, row in table.items() if module.partition(".")[2] in targets}
-    values = dict(_factors(shapes, modules, asked, folder))
+    values = dict(_factors(shapes, modules, asked, folder)) | dict(expert_factors(matrices, experts, asked))
     keys = {EMBEDDING: "0.word_embeddings.weight", HEAD: f"{dims.num_layers + 4}.final_linear.weight"}
     values |= {keys[name]: tensor for name, tensor in saved.tensors.items()}
     if saved.untied:  # the one that was not trained is that of the model
@@ -149,10 +158,13 @@ def _joined(updates: Sequence[_Update]) -> list[Tensor]:
     return [first] if all(each.down.equal(first) for each in updates) else [each.down for each in updates]
 
 
-def _low_rank(found: Mapping[str, Mapping[str, _Update]], settings: PeftSettings, saved: tuple[str, ...]) -> LowRank:
-    rank = max(sum(map(len, _joined(list(parts.values())))) for parts in found.values())
-    inside = {module.partition(".")[2] for module in found}
-    targets = tuple(name for name, ours in TARGETS.items() if inside.intersection(ours))
+def _low_rank(
+    found: Mapping[str, Mapping[str, _Update]], experts: Updates, settings: PeftSettings, saved: tuple[str, ...]
+) -> LowRank:
+    ranks = [sum(map(len, _joined(list(parts.values())))) for parts in found.values()]
+    rank = max(ranks + [len(one.down) for updates in experts.values() for one in updates.values()])
+    inside, apart = {module.partition(".")[2] for module in found}, {one.target for one in experts}
+    targets = tuple(name for name, ours in TARGETS.items() if inside.intersection(ours) or name in apart)
     magnitudes = any(each.norms is not None for parts in found.values() for each in parts.values())
     return LowRank(
         rank, round(settings.usual_factor * rank, 12), settings.dropout, targets, saved, magnitudes=magnitudes
@@ -168,7 +180,7 @@ def _factors(
         sizes = [shape[::-1] if row.turned else shape for shape in shapes]  # [out, in] of each of theirs
         updates = modules.get(module, {})
         downs = _joined(list(updates.values())) if updates else []
-        down = _random_down(module, asked.rank, sizes[0][1])
+        down = random_down(module, asked.rank, sizes[0][1])
         ups = [torch.zeros(out, asked.rank) for out, _ in sizes]
         at = 0
         for part in downs:
@@ -194,13 +206,6 @@ def _norms(update: _Update | None, name: str, row: TensorMapping, folder: Folder
         return update.norms
     weight = folder.tensors[_stored(name, folder)]().float()
     return torch.linalg.vector_norm(weight, dim=0 if row.turned else 1)
-
-
-def _random_down(module: str, rank: int, inputs: int) -> Tensor:
-    """Returns first values of A [rank, in], the same in every import."""
-    seed = sum(module.encode())
-    bound = 1 / math.sqrt(inputs)
-    return torch.empty(rank, inputs).uniform_(-bound, bound, generator=torch.Generator().manual_seed(seed))
 
 
 def _stored(name: str, folder: Folder) -> str:

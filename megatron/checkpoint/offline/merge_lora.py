@@ -21,7 +21,7 @@ from megatron.checkpoint.offline.write_resharded import write_weights
 from megatron.checkpoint.save.commit import make_room, publish
 from megatron.config import serialize
 from megatron.errors import ConfigError, RunError
-from megatron.param_table import DOWN, MAGNITUDE, UP, ModelDims, TensorShape, tensors
+from megatron.param_table import DOWN, EXPERT_FACTORS, MAGNITUDE, UP, ModelDims, TensorShape, tensors
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ class MergedModel(StoredModel):
     def full_tensor(self, shape: TensorShape, *, precise: bool = False) -> Tensor:
         """The global tensor with its update, in the type of the stored one; precise: in fp32, from fp32 copies."""
         tensor = self.source.full_tensor(shape, precise=precise)
+        if shape.name in EXPERT_FACTORS and shape.name in self.asked.modules():
+            return self._merged_experts(shape, tensor, precise)
         module, _, kind = shape.name.rpartition(".")
         if kind != "weight" or module not in self.asked.modules():
             return tensor
@@ -45,6 +47,12 @@ class MergedModel(StoredModel):
             norms = torch.linalg.vector_norm(changed, dim=1).to(self.source.full_tensor(shape).dtype)  # as in training
             magnitudes = self._factor(shape, f"{module}.{MAGNITUDE}.weight", precise).float()
             changed *= (magnitudes / norms.float().clamp_min(torch.finfo(norms.dtype).tiny)).unsqueeze(1)
+        return changed if precise else changed.to(tensor.dtype)
+
+    def _merged_experts(self, shape: TensorShape, tensor: Tensor, precise: bool) -> Tensor:
+        parts = (self._factor(shape, name, precise).float() for name in EXPERT_FACTORS[shape.name])
+        left, right = (part.unflatten(0, (len(shape.sections), -1)) for part in parts)  # [e, w, r], [e, r, h]
+        changed = tensor.float() + self.asked.scale * (left @ right).flatten(0, 1)
         return changed if precise else changed.to(tensor.dtype)
 
     def _factor(self, shape: TensorShape, name: str, precise: bool) -> Tensor:

@@ -9,6 +9,9 @@ from typing import Any
 from megatron.adapter_config import (
     ALIASES,
     ALL,
+    EXPERTS,
+    EXPERTS_IN,
+    EXPERTS_OUT,
     GATE,
     IN_PROJ,
     OUT_PROJ,
@@ -37,13 +40,16 @@ NAMES = ("enabled", "rank", "alpha", "dropout", "targets", "modules_to_save", *S
 """What a `lora` block may have."""
 
 
-def derive_lora(block: Block | None, *, gated: bool = False, kinds: Collection[str] = ()) -> dict[str, Any] | None:
+def derive_lora(
+    block: Block | None, *, gated: bool = False, kinds: Collection[str] = (), dense: bool = True
+) -> dict[str, Any] | None:
     """Returns the block with its defaults; None where it is disabled. Raises ConfigError where it is invalid.
 
     Args:
         block: as given.
         gated: whether the model has output gates of attention, which `all` targets too then.
         kinds: of the blocks; `all` targets the matrices that they have.
+        dense: whether some block has an MLP and no experts, whose matrices `all` beside `experts` targets too.
     """
     error = _lora_error(block)
     if error is not None:
@@ -54,14 +60,17 @@ def derive_lora(block: Block | None, *, gated: bool = False, kinds: Collection[s
         return None
     if not takes_all(block):
         return requested.block()
-    found = set(kinds)
-    attends, fed = not found or found - WITHOUT_ATTENTION, not found or found - WITHOUT_MLP
+    found, asked = set(kinds), requested.targets
+    attends = not found or found - WITHOUT_ATTENTION
+    fed = (not found or found - WITHOUT_MLP) and (dense or not requested.of_experts)
     has = {
         "query_key_value": attends,
         GATE: gated,
         "dense": attends or found & REPLACING,
         "dense_h_to_4h": fed,
         "dense_4h_to_h": fed,
+        EXPERTS_IN: EXPERTS_IN in asked,
+        EXPERTS_OUT: EXPERTS_OUT in asked,
         IN_PROJ: found & WITH_IN_PROJ,
         OUT_PROJ: found & WITH_OUT_PROJ,
     }
@@ -113,8 +122,9 @@ def _targets_error(block: Block) -> str | None:
     if not unknown:
         return None
     joint = unknown[0].endswith("_proj")  # one of the matrices that transformers keeps apart
-    close = None if joint else nearest_name(unknown[0], [*TARGETS, *ALIASES, ALL])
-    choices = f"{', '.join(TARGETS)} (queries, keys and values are one matrix) and {ALL}"
+    close = None if joint else nearest_name(unknown[0], [*TARGETS, *ALIASES, EXPERTS, ALL])
+    named = ", ".join((*TARGETS, EXPERTS))
+    choices = f"{named} (queries, keys and values are one matrix) and {ALL}"
     return f"there is no matrix {unknown[0]}; " + (f"did you mean {close}?" if close else f"the targets are {choices}")
 
 

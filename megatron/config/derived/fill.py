@@ -36,7 +36,8 @@ from megatron.config.derived.task import CLASSES, TASK_KEYS, derive_task
 from megatron.config.derived.zero import derive_zero
 from megatron.config.validation.unknown_values import UnresolvedValue
 from megatron.errors import ConfigError, ConfigIssue
-from megatron.registry import OPTIMIZERS
+from megatron.expert_blocks import has_experts
+from megatron.registry import OPTIMIZERS, WITHOUT_MLP
 
 MOST_LAYERS = 10_000
 INFERENCE_SCRIPTS = frozenset(
@@ -185,13 +186,26 @@ def _retrieval(draft: ConfigDraft) -> None:
 
 
 def _adapters(draft: ConfigDraft) -> None:
-    kinds = {str(kind) for kind in draft["attention_config"] or ()}
-    of_model = partial(derive_lora, gated=bool(draft["attention_output_gate"]), kinds=kinds)
+    kinds = [str(kind) for kind in draft["attention_config"] or ()]
+    dense = any(kind not in WITHOUT_MLP and not _has_experts(draft, block) for block, kind in enumerate(kinds))
+    gated = bool(draft["attention_output_gate"])
+    of_model = partial(derive_lora, gated=gated, kinds=set(kinds), dense=dense)
     for name, derive in (("lora", of_model), ("soft_prompt_tuning", derive_soft_prompt)):
         requested = draft[name] if draft.knows(name) else None
         draft.derive(name, derive(requested))
         if requested is not None and draft[name] is not None and trains(draft["user_script"]) and draft["load"] is None:
             draft.warnings.append(f"{name}: load is not set, so what stays frozen are random weights")
+
+
+def _has_experts(draft: ConfigDraft, block: int) -> bool:
+    if (draft["moe_num_experts"] or 1) == 1:
+        return False
+    return has_experts(
+        block,
+        interval=draft["moe_expert_interval"],
+        first_dense=draft["moe_first_k_dense_replace"],
+        listed=draft["moe_layer_freq"],
+    )
 
 
 def _precision(draft: ConfigDraft) -> None:

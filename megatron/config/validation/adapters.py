@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron.adapter_config import GATE, HEAD, IN_PROJ, OUT_PROJ, TARGETS, LowRank, low_rank, soft_prompt
+from megatron.adapter_config import (
+    EXPERTS_IN,
+    EXPERTS_OUT,
+    GATE,
+    HEAD,
+    IN_PROJ,
+    OUT_PROJ,
+    TARGETS,
+    LowRank,
+    low_rank,
+    soft_prompt,
+)
 from megatron.config.config import Config
 from megatron.config.derived.curriculum import curriculum_lengths
 from megatron.errors import ConfigIssue
@@ -38,7 +49,7 @@ def widths_are_those_of_the_model(config: Config) -> Iterator[ConfigIssue]:
 
 
 def adapters_have_matrices(config: Config) -> Iterator[ConfigIssue]:
-    """Every target is in some block: only blocks with attention have them, and experts have none."""
+    """Every target is in some block."""
     model, moe = config.model, config.moe
     requested = low_rank(model.lora)
     if requested is None:
@@ -50,15 +61,17 @@ def adapters_have_matrices(config: Config) -> Iterator[ConfigIssue]:
     attends = any(kind not in WITHOUT_ATTENTION for _, kind in listed)
     fed = [number for number, kind in listed if kind not in WITHOUT_MLP]
     yield from _mixers_have_matrices(requested, {kind for _, kind in listed})
-    if set(requested.targets) <= {IN_PROJ, OUT_PROJ}:
+    yield from _experts_take_updates(requested, any(moe.has_experts(number) for number in fed))
+    usual = [name for name in requested.targets if name not in (IN_PROJ, OUT_PROJ, EXPERTS_IN, EXPERTS_OUT)]
+    if not usual:
         return
     if not attends and not fed and not any(kind in WITH_IN_PROJ for _, kind in listed):
         kinds = ", ".join(sorted({kind for _, kind in listed}))
         message = f"no block has attention, and blocks of kind {kinds} take no low-rank updates"
         yield ConfigIssue(message, key="lora", hint="train the whole model, or a soft prompt")
         return
-    lost = [name for name in requested.targets if TARGETS[name][0].startswith("mlp.")]
-    others = [name for name in requested.targets if name not in (*lost, IN_PROJ, OUT_PROJ)]
+    lost = [name for name in usual if TARGETS[name][0].startswith("mlp.")]
+    others = [name for name in usual if name not in lost]
     if any(kind in REPLACING for _, kind in listed):
         others = [name for name in others if name != "dense"]
     if not attends and others:
@@ -71,11 +84,28 @@ def adapters_have_matrices(config: Config) -> Iterator[ConfigIssue]:
         yield ConfigIssue(what, key="lora", hint="write targets: [query_key_value, dense]")
     elif all(moe.has_experts(number) for number in fed) and lost:
         yield ConfigIssue(
-            f"every block has experts in place of its MLP, so no block has a {lost[0]}; experts take no low-rank "
-            "updates",
+            f"every block has experts in place of its MLP, so no block has a {lost[0]}",
             key="lora",
-            hint="write targets: [query_key_value, dense]",
+            hint="write targets: [query_key_value, dense], and experts for updates of these",
         )
+
+
+def _experts_take_updates(requested: LowRank, exist: bool) -> Iterator[ConfigIssue]:
+    """Experts exist, and what peft cannot do with a parameter of three dimensions is not asked for."""
+    if not requested.of_experts:
+        return
+    if not exist:
+        hint = "leave experts out of targets"
+        yield ConfigIssue("no block has experts (moe_num_experts)", key="lora", value=requested.block(), hint=hint)
+    for name, given in (("dropout", requested.dropout > 0), ("dora", requested.magnitudes)):
+        if given:
+            yield ConfigIssue(
+                f"updates of experts take no {name}: peft has none for them, since transformers holds the experts of a "
+                "block in one parameter",
+                key="lora",
+                value=requested.block(),
+                hint=f"leave {name} out, or experts out of targets",
+            )
 
 
 def _mixers_have_matrices(requested: LowRank, kinds: set[str]) -> Iterator[ConfigIssue]:

@@ -8,12 +8,17 @@ tensor-parallel and p expert-parallel degree.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
+from megatron.adapter_config import EXPERTS_IN, EXPERTS_OUT
 from megatron.distributed.expert_all_to_all import all_to_all_counts, all_to_all_rows
 from megatron.distributed.mesh import Axis
-from megatron.distributed.param_init import ParamFactory
+from megatron.distributed.param_init import ParamFactory, zeros
+from megatron.distributed.tensor_parallel.lora import init_lora_a
+from megatron.kernels.grouped_matmul import low_rank_grouped
 from megatron.model.block_spec import BlockSpec
 from megatron.model.moe.dispatch import Dispatch
 
@@ -26,7 +31,8 @@ class ExpertParallelMLP(nn.Module):
         assert spec.moe_config is not None
         self.axis, self.permutation = spec.moe_config.axis, spec.kernels.permutation
         self.mlp = ExpertStack(spec, source.of("mlp"), self.axis)
-        if self.axis.size > 1 and not spec.dims.frozen:  # frozen ones have no gradients
+        trained = not spec.dims.frozen or self.mlp.updates is not None  # frozen ones have no gradients
+        if self.axis.size > 1 and trained:
             from megatron.model.moe.deepspeed_marker import DeepSpeedExperts
 
             self.mark = DeepSpeedExperts(spec.dims.mixture.experts)
@@ -75,16 +81,57 @@ class ExpertStack(nn.Module):
             self.b1 = source.expert_biases("b1", shape[0], count=count, over=axis, sharded=True)
             self.b3 = source.expert_biases("b3", shape[0], count=count, over=axis, sharded=True) if dims.gated else None
             self.b2 = source.expert_biases("b2", shape[1], count=count, over=axis, sharded=False)
+        self._add_updates(spec, source, axis)
+
+    def _add_updates(self, spec: BlockSpec, source: ParamFactory, axis: Axis) -> None:
+        """Creates A and B of each expert: of w1 and w3, which share A [e r, h] and have B [e w/t, r]; of w2, [in, out]
+        as it is, A [e w/t, r] and B [e r, h].
+        """
+        inner, outer = (spec.lora_specs.get(name) for name in (EXPERTS_IN, EXPERTS_OUT))
+        self.updates = inner or outer
+        width, hidden = spec.dims.expert_width, spec.dims.hidden_size
+        self.lora_A1 = self.lora_B1 = self.lora_B3 = self.lora_A2 = self.lora_B2 = None
+        if self.updates is None:
+            return
+        down, up, rank = init_lora_a, zeros, self.updates.rank
+        stack = partial(source.expert_stack, count=spec.dims.mixture.experts, over=axis)
+        if inner is not None:
+            self.lora_A1 = stack("lora_A1", (rank, hidden), down, sharded=False)
+            self.lora_B1 = stack("lora_B1", (width, rank), up)
+            self.lora_B3 = stack("lora_B3", (width, rank), up) if self.w3 is not None else None
+        if outer is not None:
+            self.lora_A2 = stack("lora_A2", (width, rank), down, transposed=True)
+            self.lora_B2 = stack("lora_B2", (rank, hidden), up, transposed=True, sharded=False)
 
     def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
         """Rows [m, h] in order of experts, and the rows of each [e] -> this rank's term of the sum [m, h]."""
         expert = self._expert_of(counts, len(rows)) if self.b2 is not None else None  # [m]
-        inner = self.product(rows, self._stack(self.w1).transpose(1, 2), counts)  # [m, w/t]
+        changes = self._changes(rows, (self.lora_A1, self.lora_B1, self.lora_B3), counts, turned=True)
+        inner = _sum(self.product(rows, self._stack(self.w1).transpose(1, 2), counts), changes[:1])  # [m, w/t]
         inner = self._biased(inner, self.b1, expert)
         if self.w3 is not None:
-            plain = self.product(rows, self._stack(self.w3).transpose(1, 2), counts)
+            plain = _sum(self.product(rows, self._stack(self.w3).transpose(1, 2), counts), changes[1:])
             inner = torch.cat((self._biased(plain, self.b3, expert), inner), dim=-1)  # [m, 2w/t]
-        return self._biased(self.product(self.activation(inner), self._stack(self.w2), counts), self.b2, expert)
+        active = self.activation(inner)
+        changes = self._changes(active, (self.lora_A2, self.lora_B2), counts, turned=False)
+        return self._biased(_sum(self.product(active, self._stack(self.w2), counts), changes), self.b2, expert)
+
+    def _changes(
+        self, rows: Tensor, factors: tuple[Tensor | None, ...], counts: Tensor, *, turned: bool
+    ) -> tuple[Tensor, ...]:
+        """Returns what updates add to the products of rows with experts' matrices; nothing where there are none.
+
+        Args:
+            rows: in order of experts [m, in].
+            factors: A and each B, None for those that there are not.
+            counts: rows of each expert [e].
+            turned: whether factors are [out, in] for each expert.
+        """
+        stacks = tuple(self._stack(factor) for factor in factors if factor is not None)
+        if self.updates is None or not stacks:
+            return ()
+        stacks = tuple(stack.transpose(1, 2) for stack in stacks) if turned else stacks
+        return low_rank_grouped(self.product, rows, stacks, counts, self.updates.scale)
 
     def _expert_of(self, counts: Tensor, rows: int) -> Tensor:
         """Returns the number of each row's expert on this rank, [m]."""
@@ -100,3 +147,8 @@ class ExpertStack(nn.Module):
     def _stack(self, weight: Tensor) -> Tensor:
         """[e w/t, h] -> [e, w/t, h]."""
         return weight.view(self.local, -1, weight.shape[1])
+
+
+def _sum(product: Tensor, changes: tuple[Tensor, ...]) -> Tensor:
+    """Adds what an update changes, if anything."""
+    return product + changes[0] if changes else product

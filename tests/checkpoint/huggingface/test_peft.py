@@ -41,6 +41,8 @@ NORMS = {"lora": {"rank": 4, "alpha": 6, "targets": "all", "dora": True}}
 BOTH_NORMS = {"lora": {**NORMS["lora"], "rslora": True, "targets": ["dense", "dense_4h_to_h"]}}
 WITHOUT_OUTPUTS = {"lora": {"rank": 4, "targets": ["query_key_value", "dense", "in_proj", "dense_4h_to_h"]}}
 INPUTS = {"lora": {"rank": 4, "alpha": 12, "targets": ["in_proj"]}}
+EXPERTS = {"lora": {"rank": 4, "alpha": 12, "targets": ["dense", "experts"]}, "moe_aux_loss_coeff": 0.0}
+OUTPUTS = {"lora": {**EXPERTS["lora"], "targets": ["experts_4h_to_h"], "rslora": True}, "moe_aux_loss_coeff": 0.0}
 BOTH = {"lora": {**UPDATES["lora"], "modules_to_save": ["embedding", "head"]}}
 NEW, PADDING = 2, 6
 PROMPT = {"soft_prompt_tuning": {"num_tokens": 5, "init_range": 0.2}}
@@ -182,6 +184,9 @@ ALONE: dict[str, tuple[str, dict[str, Any]]] = {
     "neox, norms": ("neox", NORMS),
     "gpt2, norms": ("gpt2", NORMS),
     "llama, norms": ("llama, grouped, biases", BOTH_NORMS),
+    "qwen3_moe, experts": ("qwen3_moe", EXPERTS),
+    "gpt_oss, experts": ("gpt_oss", EXPERTS),
+    "mixtral, outputs of experts": ("mixtral", OUTPUTS),
     "mamba, updates": ("mamba", INPUTS),
     "mamba2, norms": ("mamba2", {"lora": {**INPUTS["lora"], "dora": True}}),
     "neox, updates and both": ("neox", BOTH),
@@ -191,6 +196,7 @@ ALONE: dict[str, tuple[str, dict[str, Any]]] = {
 }
 EXPORTS = ["neox, one residual, tied", "llama, as many kv heads", "llama, grouped, biases", "mistral", "qwen3"]
 EXPORTS += ["mpt", "gpt2", "opt", "qwen2", "gemma3", "cohere2", "nemotron_h, dense, biases", "mamba", "mamba2"]
+MIXTURES = ["nemotron_h", "gpt_oss"]
 SAVED = [*EXPORTS[:-3], "neox", "llama, wide heads, tied", "gpt2, untied, exact gelu", "opt, untied, no biases"]
 
 
@@ -210,6 +216,7 @@ def cut(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Case, Found
     added = [NORMS if number % 2 else UPDATES for number in range(len(EXPORTS))]
     given = {"mamba": INPUTS, "mamba2": INPUTS, "nemotron_h, dense, biases": WITHOUT_OUTPUTS}
     cases = [Case(name, given.get(name, one), folder / name) for name, one in zip(EXPORTS, added, strict=True)]
+    cases += [Case(name, EXPERTS, folder / name) for name in MIXTURES]
     return train(cases, 2, model_parallel_size=2)
 
 
@@ -234,7 +241,7 @@ def test_training_is_that_of_peft(reported: str, alone: dict[str, tuple[Case, Fo
     torch.testing.assert_close(logits, said, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", EXPORTS)
+@pytest.mark.parametrize("name", [*EXPORTS, *MIXTURES])
 def test_updates_of_every_family_are_loaded(name: str, cut: dict[str, tuple[Case, Found]]) -> None:
     """As a folder of peft on top of the model, and merged into it."""
     case, (_, _, logits) = cut[name]

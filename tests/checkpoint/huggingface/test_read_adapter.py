@@ -27,6 +27,7 @@ from tools import convert_from_hf
 LLAMA = "llama, grouped, biases"
 TIED = "llama, wide heads, tied"
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+FUSED = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "queries and values": (LLAMA, {"r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "v_proj"]}),
     "all": (LLAMA, {"r": 3, "lora_alpha": 6, "target_modules": ALL, "lora_dropout": 0.1}),
@@ -57,6 +58,27 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba": ("mamba", {"r": 4, "target_modules": ["in_proj"], "use_dora": True}),
     "mamba2": ("mamba2, tied, limits, biases", {"r": 4, "target_modules": ["in_proj"]}),
     "gated delta net": ("qwen3_next", {"r": 4, "target_modules": ["in_proj_qkvz", "in_proj_ba", "out_proj"]}),
+    "experts": ("qwen3_moe", {"r": 3, "lora_alpha": 6, "target_modules": ["o_proj"], "target_parameters": FUSED}),
+    "experts, in turn": (
+        "gpt_oss",
+        {
+            "r": 4,
+            "target_modules": [],
+            "target_parameters": FUSED,
+            "rank_pattern": {"experts.down_proj": 2},
+            "alpha_pattern": {"layers.0.mlp.experts.gate_up_proj": 32},
+        },
+    ),
+    "outputs of experts": ("mixtral", {"r": 4, "target_modules": [], "target_parameters": FUSED[1:]}),
+    "a matrix by its parameter": (
+        LLAMA,
+        {
+            "r": 4,
+            "target_modules": ["q_proj"],
+            "target_parameters": ["o_proj.weight"],
+            "alpha_pattern": {"o_proj": 32, "q_proj": 2},
+        },
+    ),
     "some blocks": (LLAMA, {"r": 4, "target_modules": ["o_proj"], "layers_to_transform": [1]}),
     "turned, joint": ("gpt2", {"r": 4, "target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
     "joint": ("neox", {"r": 4, "lora_alpha": 2, "target_modules": ["query_key_value", "dense_h_to_4h"]}),
@@ -109,6 +131,65 @@ def test_logits_are_those_of_peft(case: str, tmp_path: Path) -> None:
     with torch.no_grad():
         assert not torch.allclose(expected, make(name)(tokens()).logits, atol=1e-2), "the adapter changes something"
     torch.testing.assert_close(ours(tmp_path, 2 if case == "all" else 1), expected, rtol=1e-4, atol=2e-5)
+
+
+def write_experts_apart(folder: Path, **settings: Any) -> None:
+    """Writes a Mixtral and an adapter as releases before 5 had them: with a linear layer for each matrix."""
+    save("mixtral", folder / "theirs")
+    model, draws = make("mixtral"), torch.Generator().manual_seed(6)
+    named = {}
+    for number, block in enumerate(model.model.layers):
+        for expert in range(block.mlp.experts.num_experts):
+            begin = f"base_model.model.model.layers.{number}.block_sparse_moe.experts.{expert}."
+            for name, (inputs, outputs) in {"w1": (64, 88), "w2": (88, 64), "w3": (64, 88)}.items():
+                named[f"{begin}{name}.lora_A.weight"] = torch.randn(2, inputs, generator=draws) * 0.2
+                named[f"{begin}{name}.lora_B.weight"] = torch.randn(outputs, 2, generator=draws) * 0.2
+    config = LoraConfig(r=2, lora_alpha=6, target_modules=["w1", "w2", "w3"], task_type="CAUSAL_LM", **settings)
+    config.save_pretrained(folder / "adapter")
+    save_file(named, folder / "adapter" / WEIGHTS)
+
+
+def test_experts_that_were_linear_layers_are_those_that_peft_converts(tmp_path: Path) -> None:
+    """Halves with an A each become one update of twice the rank, in peft too."""
+    write_experts_apart(tmp_path)
+    with torch.no_grad():
+        expected = PeftModel.from_pretrained(make("mixtral"), tmp_path / "adapter").eval()(tokens()).logits
+        assert not torch.allclose(expected, make("mixtral")(tokens()).logits, atol=1e-2), (
+            "the adapter changes something"
+        )
+    torch.testing.assert_close(ours(tmp_path), expected, rtol=1e-4, atol=2e-5)
+    export_adapter(open_model(tmp_path / "ours" / "global_step0"), tmp_path / "back")
+    with torch.no_grad():
+        back = PeftModel.from_pretrained(make("mixtral"), tmp_path / "back").eval()(tokens()).logits
+    torch.testing.assert_close(back, expected, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reported"),
+    [
+        ({"lora_dropout": 0.1}, "lora_dropout = 0.1: updates of experts are taken over without it alone"),
+        ({"use_dora": True}, "use_dora = True: updates of experts are taken over without it alone"),
+    ],
+    ids=["dropout", "norms of rows"],
+)
+def test_what_peft_has_not_for_experts_is_refused(settings: dict[str, Any], reported: str, tmp_path: Path) -> None:
+    write_experts_apart(tmp_path, **settings)
+    with pytest.raises(ConfigError, match=reported):
+        ours(tmp_path)
+
+
+def test_updates_of_experts_of_other_shapes_are_refused(tmp_path: Path) -> None:
+    """As early releases of peft wrote them, with inputs for outputs."""
+    write("mixtral", tmp_path, r=2, target_modules=[], target_parameters=FUSED)
+    path = tmp_path / "adapter" / WEIGHTS
+    stored = load_file(path)
+    begin = "base_model.model.model.layers.0.mlp.experts.base_layer."
+    first, second = (stored[f"{begin}{part}.weight"] for part in ("lora_A", "lora_B"))
+    swapped = {f"{begin}lora_A.weight": second.T, f"{begin}lora_B.weight": first.T}
+    save_file({key: value.contiguous() for key, value in {**stored, **swapped}.items()}, path)
+    reported = r"layers\.0\.mlp\.experts\.gate_up_proj have shapes \(8, 176\) and \(64, 8\), which are no \[4 r, 64\]"
+    with pytest.raises(RunError, match=reported):
+        ours(tmp_path)
 
 
 ADDED: dict[str, tuple[str, list[str] | None]] = {
