@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-DATABASE = str(Path(__file__).with_name("retro_database"))
+DATABASE, EMBEDDER = "not/built/yet", str(Path(__file__).parent)
 RETRO: dict[str, Any] = {
     "retro_add_retriever": True,
     "retro_cross_attention_layers": [1],
@@ -14,7 +14,7 @@ RETRO: dict[str, Any] = {
     "pos_emb": "rotary",
     "pipe_parallel_size": 0,
 }
-BUILDS = {**RETRO, "user_script": "build_retro_database.py", "retro_embedder": DATABASE}
+BUILDS = {**RETRO, "user_script": "build_retro_database.py", "retro_embedder": EMBEDDER}
 WHERE_RETRO_MATTERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "retro_chunk_length": (16, RETRO),
     "retro_num_neighbors": (3, RETRO),
@@ -24,6 +24,6 @@ WHERE_RETRO_MATTERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "retro_encoder_attention_dropout": (0.2, RETRO),
     "retro_cross_attention_layers": ([0], RETRO),
     "retro_project_dir": (f"{DATABASE}/.", RETRO),
-    "retro_embedder": (f"{DATABASE}/.", BUILDS),
+    "retro_embedder": (f"{EMBEDDER}/.", BUILDS),
     "retro_query_num_neighbors_save": (9, BUILDS),
 }

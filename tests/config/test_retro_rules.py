@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.config.retro import BUILDS, DATABASE, RETRO
+from tests.config.retro import BUILDS, EMBEDDER, RETRO
 from tests.config.small import errors, resolved
 
 SETS = {f"{split}_data_paths": ["a", "b"] for split in ("train", "valid", "test")}
@@ -34,7 +34,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"pos_emb": "learned", "retro_chunk_length": 32}, "a neighbour has 64 tokens, and there are 32 positions"),
     ({"mtp_num_layers": 1}, "its modules would have no neighbours"),
     ({"user_script": "evaluate.py"}, "evaluate.py reads texts that have no neighbours"),
-    ({"user_script": "generate.py", "retro_embedder": DATABASE}, "stores nothing of earlier tokens"),
+    ({"user_script": "generate.py", "retro_embedder": EMBEDDER}, "stores nothing of earlier tokens"),
     ({"user_script": "generate.py", "recompute": True}, "generate.py needs an encoder"),
     ({"retro_add_retriever": False, "user_script": "build_retro_database.py"}, "of a model that retrieves"),
     ({**BUILDS, "retro_embedder": None}, "needs an encoder"),
@@ -62,4 +62,4 @@ def test_blocks_are_those_of_megatron_where_none_are_named() -> None:
         config = resolved(**{**RETRO, "num_layers": layers, "retro_cross_attention_layers": None}).config
         sizes = RetroDims.of(config.model)
         assert sizes is not None and sizes.blocks == blocks
-    assert resolved(**BUILDS).config.retrieval.retro_embedder == DATABASE
+    assert resolved(**BUILDS).config.retrieval.retro_embedder == EMBEDDER
