@@ -35,9 +35,11 @@ $(VENV)/.base-installed: $(REQUIREMENTS)
 	@touch $@
 
 $(VENV)/.dev-installed: $(VENV)/.base-installed
-	@echo "installing the test tools into $(VENV)"
-	@$(PY) $(CONSTRAINED) --no-build-isolation -e '.[dev]'
-	@$(PY) $(CONSTRAINED) --no-build-isolation --no-deps -r requirements/alone.txt
+	@echo "installing the test tools into $(VENV), and compiling what the tests load"
+	@$(PY) -m tests.compiled & compiling=$$!; \
+	  $(PY) $(CONSTRAINED) --no-build-isolation -e '.[dev]' && \
+	  $(PY) $(CONSTRAINED) --no-build-isolation --no-deps -r requirements/alone.txt; \
+	  installed=$$?; wait $$compiling && exit $$installed
 	@touch $@
 
 install: $(VENV)/.base-installed ## make VENV and install what a run needs
