@@ -24,6 +24,9 @@ from megatron.serving.token_text import Words
 from megatron.tokenizers.base import Tokenizer
 from megatron.tokenizers.vocab_limit import known_ids
 
+APART = 0x5851F42D4C957F2D
+"""Between the seeds of a request's texts, so that requests with seeds close by have none in common."""
+
 
 @dataclass(frozen=True)
 class GenerationOptions:
@@ -133,7 +136,7 @@ class ApiContext:
         settings = [
             Settings(
                 options.sampling,
-                first + at,
+                first + at * APART,
                 self._most(each) if options.new is None else new,
                 self.seq_length,
                 stop=options.stops,

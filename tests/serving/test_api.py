@@ -123,6 +123,10 @@ def test_seeds_repeat_and_stops_stop(client):
 
     assert text(seed=3).text == text(seed=3).text
     assert len({text(seed=seed).text for seed in range(4)}) > 1
+    several = [client.completions.create(model="small", prompt="x", max_tokens=12, n=4, seed=seed) for seed in (5, 6)]
+    texts = [{choice.text for choice in found.choices} for found in several]
+    assert not texts[0] & texts[1], "texts of seeds close by have nothing in common"
+    assert text(seed=6).text in texts[1]
     plain = text(temperature=0).text
     stopped = text(temperature=0, stop=[plain[3:5]])
     assert stopped.text == plain[: plain.index(plain[3:5])] and stopped.finish_reason == "stop"
