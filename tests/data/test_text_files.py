@@ -247,8 +247,9 @@ def test_a_text_file_is_one_document(tmp_path):
 
 
 def test_a_directory_is_for_its_text_files(tmp_path):
-    for name in ("b.jsonl", "a.txt", "picture.png", "below/c.jsonl.xz"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    hidden = (".ipynb_checkpoints/b-checkpoint.jsonl", "._b.jsonl", ".b.jsonl.swp.jsonl", "below/.cache/c.parquet")
+    for name in ("b.jsonl", "a.txt", "picture.png", "below/c.jsonl.xz", *hidden):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
     found = find_text_files([str(tmp_path)])
     assert [file.path.name for file in found] == ["a.txt", "b.jsonl", "c.jsonl.xz"]

@@ -17,7 +17,7 @@ from pathlib import PurePath
 from typing import IO, cast
 
 from megatron.data.preprocess.compressed_files import DAMAGE, Salvaged, TarStream, decompressed
-from megatron.data.preprocess.text_files import Kind, TextFile, kind_of, kind_of_member
+from megatron.data.preprocess.text_files import Kind, TextFile, is_hidden, kind_of, kind_of_member
 from megatron.errors import RunError
 
 BLOCK_BYTES = 1 << 20
@@ -157,7 +157,7 @@ def _tar(name: str, stream: Salvaged, block_bytes: int) -> Iterator[_Content]:
     try:
         with tarfile.open(fileobj=cast(IO[bytes], tar), mode="r|") as archive:
             for member in archive:
-                if member.isfile() and not _hidden(member.name):
+                if member.isfile() and not is_hidden(PurePath(member.name)):
                     content = tar.member(archive.extractfile(member), member.offset_data)
                     kind = kind_of_member(PurePath(member.name))
                     yield from _member(f"{name}!{member.name}", kind, content, block_bytes)
@@ -172,15 +172,10 @@ def _zip(name: str, raw: IO[bytes], block_bytes: int) -> Iterator[_Content]:
         for member in archive.infolist():
             if member.flag_bits & _ENCRYPTED:
                 raise zipfile.BadZipFile(f"{member.filename} is encrypted")
-            if not member.is_dir() and not _hidden(member.filename):
+            if not member.is_dir() and not is_hidden(PurePath(member.filename)):
                 kind = kind_of_member(PurePath(member.filename))
                 with archive.open(member) as content:
                     yield from _member(f"{name}!{member.filename}", kind, content, block_bytes)
-
-
-def _hidden(name: str) -> bool:
-    """What operating systems put into archives unasked, such as .DS_Store and ._name."""
-    return PurePath(name).name.startswith(".")
 
 
 def _member(name: str, kind: tuple[Kind, str] | None, content: IO[bytes], block_bytes: int) -> Iterator[_Content]:

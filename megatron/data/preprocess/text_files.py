@@ -74,6 +74,9 @@ def kind_of_member(name: PurePath) -> tuple[Kind, str] | None:
 def find_text_files(names: Iterable[str], *, key: str = "input") -> list[TextFile]:
     """The files of those names, in the order given; a directory stands for the text files below it, sorted.
 
+    Files and folders whose names begin with a dot, such as checkpoints of notebooks and what editors write, are not
+    looked for.
+
     Raises ConfigError with every file that is missing or of an unknown kind, and with every directory that holds data
     of a kind that is not read. key: what named them.
     """
@@ -82,7 +85,8 @@ def find_text_files(names: Iterable[str], *, key: str = "input") -> list[TextFil
     for name in names:
         path = Path(name)
         if path.is_dir():
-            children = [child for child in sorted(path.rglob("*")) if child.is_file()]
+            below = [child for child in sorted(path.rglob("*")) if not is_hidden(child.relative_to(path))]
+            children = [child for child in below if child.is_file()]
             paths = [child for child in children if kind_of(child) is not None]
             unread = [str(child) for child in children if kind_of(child) is None and _holds_data(child)]
             if unread:
@@ -101,6 +105,14 @@ def find_text_files(names: Iterable[str], *, key: str = "input") -> list[TextFil
     if not found:
         raise ConfigError.of("no input file is named", key=key)
     return found
+
+
+def is_hidden(path: PurePath) -> bool:
+    """Returns whether a file was put there by another program unasked, such as .ipynb_checkpoints/a.jsonl or ._name.
+
+    path: below the directory or archive that was named.
+    """
+    return any(part.startswith(".") and part != ".." for part in path.parts)
 
 
 def _holds_data(path: PurePath) -> bool:
