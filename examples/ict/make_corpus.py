@@ -3,14 +3,17 @@
 
     python examples/ict/make_corpus.py FOLDER
 
-A passage is a docstring without its first sentence, its title the name of what it describes; the first sentence is a
-question that the passage answers. One question in seven is for the test, and no model sees it before. Writes
+A passage is a docstring, its title the name of what it describes. Its first sentence is a question, whose answer is the
+passage. 400 questions are for the test and 100 for validation: nothing that a model learns from has those sentences.
+Writes
 
-- documents.jsonl: titles and texts for the inverse cloze task; those of test questions lack their first sentence
-- passages.tsv: the corpus in DPR's form
-- train.json, valid.json: questions with their passage and a hard negative, the best other passage by BM25
-- test.jsonl: questions with their answer, which is the text of the passage
-- bm25.json: how often BM25 (Robertson and Zaragoza 2009) finds the passage of a test question
+- documents.jsonl: titles and texts for the inverse cloze task
+- passages.tsv: the corpus in DPR's form, docstrings as they are
+- rest.tsv: the same without the first sentences
+- train.json, valid.json: questions with their passage, once as it is and once without the question's sentence, and a
+  hard negative, the best other passage by BM25 whose question is to learn from
+- test.jsonl: questions with their answer, which is the text of the passage behind its first sentence
+- bm25.json: how often BM25 (Robertson and Zaragoza 2009) finds the passage of a test question in either corpus
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ SHORTEST, LONGEST = 8, 100
 TEST, VALID = 400, 100
 """Number of questions."""
 TOPS = (1, 5, 20)
+CORPORA = ("passages", "rest")
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,10 @@ class Entry:
     """Its first sentence."""
     text: str
     """The other ones."""
+
+    def passage(self, corpus: str) -> dict[str, str]:
+        """Title and text in one of the corpora."""
+        return {"title": self.title, "text": f"{self.question} {self.text}" if corpus == "passages" else self.text}
 
 
 def docstrings(root: Path) -> Iterator[tuple[str, str]]:
@@ -90,6 +98,12 @@ def entries(root: Path) -> list[Entry]:
     return found
 
 
+def said_once(found: Sequence[Entry]) -> list[int]:
+    """Numbers of the entries whose question is in no other passage."""
+    everything = "\n".join(each.passage("passages")["text"] for each in found)
+    return [number for number, each in enumerate(found) if everything.count(each.question) == 1]
+
+
 class BM25:
     """Scores of passages by the words that they share with a question, with the usual k1 = 1.2 and b = 0.75."""
 
@@ -127,41 +141,45 @@ def main(folder: Path) -> int:
     """Writes the files."""
     folder.mkdir(parents=True, exist_ok=True)
     found = entries(Path(sysconfig.get_paths()["stdlib"]))
-    drawn = random.Random(0).sample(range(len(found)), TEST + VALID)
-    test, valid = sorted(drawn[:TEST]), sorted(drawn[TEST:])
-    bm25 = BM25([f"{each.title} {each.text}" for each in found])
+    drawn = random.Random(0).sample(said_once(found), TEST + VALID)
+    test, valid, held_out = sorted(drawn[:TEST]), sorted(drawn[TEST:]), set(drawn)
+    bm25 = {corpus: BM25([" ".join(each.passage(corpus).values()) for each in found]) for corpus in CORPORA}
 
-    def passage(number: int) -> dict[str, str]:
-        return {"title": found[number].title, "text": found[number].text}
-
-    def row(number: int) -> dict[str, object]:
-        wrong = [each for each in bm25.best(found[number].question, 2) if each != number][:1]
-        positive, hard = [passage(number)], [passage(each) for each in wrong]
-        return {"question": found[number].question, "positive_ctxs": positive, "hard_negative_ctxs": hard}
+    def row(number: int, corpus: str) -> dict[str, object]:
+        own = found[number]
+        best = bm25[corpus].best(own.question, 20)
+        wrong = [each for each in best if each != number and each not in held_out][:1]
+        hard = [found[each].passage(corpus) for each in wrong]
+        return {"question": own.question, "positive_ctxs": [own.passage(corpus)], "hard_negative_ctxs": hard}
 
     with (folder / "documents.jsonl").open("w", encoding="utf-8") as file:
         for number, each in enumerate(found):
-            text = each.text if number in set(test) else f"{each.question} {each.text}"
-            file.write(json.dumps({"title": each.title, "text": text}) + "\n")
-    with (folder / "passages.tsv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, delimiter="\t", lineterminator="\n")
-        writer.writerow(("id", "text", "title"))
-        writer.writerows((number, each.text, each.title) for number, each in enumerate(found))
-    others = [number for number in range(len(found)) if number not in set(drawn)]
+            file.write(json.dumps(each.passage("rest" if number in held_out else "passages")) + "\n")
+    for corpus in CORPORA:
+        with (folder / f"{corpus}.tsv").open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, ("id", "text", "title"), delimiter="\t", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows({"id": number, **each.passage(corpus)} for number, each in enumerate(found))
+    others = [number for number in range(len(found)) if number not in held_out]
     for name, numbers in (("train", others), ("valid", valid)):
-        (folder / f"{name}.json").write_text(json.dumps([row(number) for number in numbers]), encoding="utf-8")
+        rows = [row(number, corpus) for corpus in CORPORA for number in numbers]
+        (folder / f"{name}.json").write_text(json.dumps(rows), encoding="utf-8")
     with (folder / "test.jsonl").open("w", encoding="utf-8") as file:
         for number in test:
             file.write(json.dumps({"question": found[number].question, "answer": [found[number].text]}) + "\n")
-    rankings = [bm25.best(found[number].question, max(TOPS)) for number in test]
-    record = {
-        f"top{top}_recall": sum(number in own[:top] for number, own in zip(test, rankings, strict=True)) / TEST
-        for top in TOPS
-    }
+    print(f"{len(found):,} passages, {len(others):,} questions to learn from, {TEST} for the test")
+    record = {corpus: recall(bm25[corpus], found, test) for corpus in CORPORA}
     (folder / "bm25.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
-    shares = "  ".join(f"{name} {value:.4f}" for name, value in record.items())
-    print(f"{len(found):,} passages, {len(others):,} questions to learn from; BM25 on {TEST} test questions: {shares}")
     return 0
+
+
+def recall(bm25: BM25, found: Sequence[Entry], test: Sequence[int]) -> dict[str, float]:
+    """The share of test questions whose passage is among the first of BM25, for each of TOPS; prints it, too."""
+    rankings = [bm25.best(found[number].question, max(TOPS)) for number in test]
+    pairs = list(zip(test, rankings, strict=True))
+    shares = {f"top{top}_recall": sum(number in own[:top] for number, own in pairs) / len(test) for top in TOPS}
+    print("BM25:", *(f"{name} {value:.4f}" for name, value in shares.items()), sep="  ")
+    return shares
 
 
 if __name__ == "__main__":

@@ -33,13 +33,15 @@ train() {  # CONFIG SAVE [flags]
 train ict.yml pretrained "$@"
 train dpr.yml tuned "$@"
 
-# 4. The corpus embedded and searched by both models.
+# 4. Both forms of the corpus, docstrings as they are and without the questions, embedded and searched by both models.
 for model in pretrained tuned; do
-  files=("$here/model.yml" "$here/dpr.yml" "${ranks[@]}" --load "$model" --pretrained-checkpoint null
-    --evidence-data-path passages.tsv --embedding-path "embeddings/$model" --log-dir "logs/search-$model")
-  rm -rf "embeddings/$model"
-  "$python" "$root/deepy.py" "$root/tools/embed_passages.py" "${files[@]}" "$@"
-  "$python" "$root/deepy.py" "$root/tools/search_passages.py" "${files[@]}" --qa-data '[test.jsonl]' "$@"
+  for corpus in passages rest; do
+    files=("$here/model.yml" "$here/dpr.yml" "${ranks[@]}" --load "$model" --pretrained-checkpoint null
+      --evidence-data-path "$corpus.tsv" --embedding-path "embeddings/$model-$corpus" --log-dir "logs/$model-$corpus")
+    rm -rf "embeddings/$model-$corpus"
+    "$python" "$root/deepy.py" "$root/tools/embed_passages.py" "${files[@]}" "$@"
+    "$python" "$root/deepy.py" "$root/tools/search_passages.py" "${files[@]}" --qa-data '[test.jsonl]' "$@"
+  done
 done
 
 # 5. The encoders of questions and passages for transformers.
