@@ -1,4 +1,4 @@
-"""Search by faiss, on the CPU of one rank: an index of all embeddings of a corpus, or one of cells.
+"""Search by faiss, on the CPU: an index of all embeddings of a corpus, or one of cells.
 
 `flat` compares a question with all embeddings. `ivf` has cells around centroids of k-means (arXiv:1702.08734) and
 compares a question with the embeddings of the nearest cells; `ivf.faiss` beside the embeddings is that index, and
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from megatron.atomic import atomic_path
-from megatron.config.derived.retrieval import EXACT, IVF
+from megatron.config.derived.retrieval import EXACT, FLAT, IVF
 from megatron.errors import ConfigError, RunError
 from megatron.log import get_logger
 from megatron.retrieval import embedding_file
@@ -47,33 +47,37 @@ def cell_count(passages: int) -> int:
 
 
 class FaissIndex:
-    """An index that finds passages with the largest products."""
+    """An index that finds the embeddings with the largest products, or the smallest Euclidean distances."""
 
-    def __init__(self, index: Any) -> None:
-        """Takes an index of faiss."""
-        self._index = index
+    def __init__(self, index: Any, probes: int | None = None) -> None:
+        """Takes an index of faiss, and the cells that it compares with."""
+        self._index, self._probes = index, probes
 
     @classmethod
-    def flat(cls, vectors: np.ndarray) -> FaissIndex:
-        """Returns an index of embeddings [n, d] that compares a question with all."""
+    def flat(cls, vectors: np.ndarray, *, distances: bool = False) -> FaissIndex:
+        """Returns an index of embeddings [n, d] that compares a question with all.
+
+        distances: by Euclidean distance instead of the product.
+        """
         import faiss
 
-        width, metric = vectors.shape[1], faiss.METRIC_INNER_PRODUCT
+        width, metric = vectors.shape[1], _metric(distances)
         if vectors.dtype == np.float16:
             index: Any = faiss.IndexScalarQuantizer(width, faiss.ScalarQuantizer.QT_fp16, metric)
         else:
-            index = faiss.IndexFlatIP(width)
+            index = faiss.IndexFlat(width, metric)
         _add(index, vectors)
         return cls(index)
 
     @classmethod
-    def ivf(cls, folder: Path, vectors: np.ndarray, probes: int) -> FaissIndex:
+    def ivf(cls, folder: Path, vectors: np.ndarray, probes: int, *, distances: bool = False) -> FaissIndex:
         """Returns the index of cells of a folder of embeddings, which is built where there is none.
 
         Args:
             folder: of the embeddings.
             vectors: the embeddings [n, d].
             probes: cells that a question is compared with.
+            distances: by Euclidean distance instead of the product.
 
         Raises ConfigError where the folder has one that was built from other embeddings, RunError where it cannot be
         read, and OSError where it cannot be written.
@@ -91,31 +95,65 @@ class FaissIndex:
             if (index.ntotal, index.d) != vectors.shape:
                 raise _unreadable(folder, f"it has {index.ntotal} embeddings of width {index.d}")
         else:
-            index = _build(vectors, cells)
+            index = _build(vectors, cells, distances)
             _write(folder, index, metadata)
-        index.nprobe = min(probes, cells)
-        return cls(index)
+        return cls(index, min(probes, cells))
 
-    def nearest(self, questions: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Returns scores and numbers of the best passages, the best first: [q, k] and [q, k].
+    def nearest(self, questions: Tensor, count: int, left_out: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
+        """Returns scores and numbers of the best embeddings, the best first: [q, k] and [q, k].
 
-        Where the cells have fewer passages than k the rest has the number -1 and the score -inf.
+        A score is a product, or a squared distance, negated. Where the cells have fewer than k the rest has the number
+        -1 and the score -inf.
 
         Args:
             questions: embeddings in fp32 [q, d].
             count: k; at most n are found.
+            left_out: numbers of embeddings that are not found.
         """
-        found = self._index.search(questions.cpu().numpy(), min(count, self._index.ntotal))
+        import faiss
+
+        kind = faiss.SearchParameters if self._probes is None else faiss.SearchParametersIVF
+        settings: dict[str, Any] = {} if self._probes is None else {"nprobe": self._probes}
+        if left_out is not None:
+            settings["sel"] = faiss.IDSelectorNot(faiss.IDSelectorBatch(left_out.astype(np.int64)))
+        asked = np.ascontiguousarray(questions.cpu().numpy())
+        found = self._index.search(asked, min(count, self._index.ntotal), params=kind(**settings))
         scores, numbers = map(torch.from_numpy, found)
+        scores = -scores if self._index.metric_type == faiss.METRIC_L2 else scores
         return best(scores.masked_fill(numbers < 0, -math.inf), numbers, count)
 
 
-def _build(vectors: np.ndarray, cells: int) -> Any:
+def open_index(
+    kind: str, folder: Path, vectors: np.ndarray, probes: int, *, distances: bool = False
+) -> FaissIndex | None:
+    """Returns the index of a folder of embeddings as `retrieval_index` says, None for the exact search.
+
+    Args:
+        kind: `retrieval_index`.
+        folder: of the embeddings.
+        vectors: the embeddings [n, d].
+        probes: cells that a question is compared with, of those of `ivf`.
+        distances: by Euclidean distance instead of the product.
+
+    Raises what FaissIndex.ivf raises.
+    """
+    if kind == IVF:
+        return FaissIndex.ivf(folder, vectors, probes, distances=distances)
+    return FaissIndex.flat(vectors, distances=distances) if kind == FLAT else None
+
+
+def _metric(distances: bool) -> Any:
+    import faiss
+
+    return faiss.METRIC_L2 if distances else faiss.METRIC_INNER_PRODUCT
+
+
+def _build(vectors: np.ndarray, cells: int, distances: bool) -> Any:
     """An index of cells with all embeddings. Centroids are learned from a random share of them, always the same."""
     import faiss
 
-    width, metric = vectors.shape[1], faiss.METRIC_INNER_PRODUCT
-    centroids = faiss.IndexFlatIP(width)
+    width, metric = vectors.shape[1], _metric(distances)
+    centroids = faiss.IndexFlat(width, metric)
     if vectors.dtype == np.float16:
         half = faiss.ScalarQuantizer.QT_fp16
         index: Any = faiss.IndexIVFScalarQuantizer(centroids, width, cells, half, metric, False)
@@ -124,7 +162,8 @@ def _build(vectors: np.ndarray, cells: int) -> Any:
     get_logger(__name__).info("builds an index of %d cells for %d embeddings", cells, len(vectors))
     count = min(len(vectors), LEARNED * cells)
     chosen = np.sort(np.random.default_rng(0).choice(len(vectors), count, replace=False))
-    index.train(np.asarray(vectors[chosen], np.float32))
+    learned = np.asarray(vectors[chosen], np.float32)
+    index.train(learned[np.isfinite(learned).all(1)])
     _add(index, vectors)
     return index
 

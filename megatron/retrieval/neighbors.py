@@ -1,4 +1,4 @@
-"""Exact search of the nearest chunks of other documents, over blocks of a database.
+"""Search of the nearest chunks of other documents: exact, over blocks of a database, or by an index.
 
 Shapes: q questions, n chunks, d width of an embedding, k results.
 """
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron.retrieval.faiss_index import FaissIndex
 from megatron.retrieval.search import QUESTIONS, ROWS, best, first_best
 
 
@@ -44,6 +45,31 @@ def nearest_elsewhere(
     numbers = numbers.masked_fill(scores == -torch.inf, -1)
     filled = torch.nn.functional.pad(numbers, (0, count - numbers.shape[1]), value=-1)
     return filled.to(torch.int32).cpu().numpy()
+
+
+def nearest_by_index(
+    index: FaissIndex, questions: Tensor, owners: np.ndarray, left_out: Sequence[np.ndarray], count: int
+) -> np.ndarray:
+    """Returns what nearest_elsewhere does, by an index of faiss, which may compare with the chunks of some cells alone.
+
+    Chunks of documents that are left out are never found.
+
+    Args:
+        index: of the database, by distance.
+        questions: embeddings in fp32 [q, d].
+        owners: document of each chunk [n], in order.
+        left_out: as for nearest_elsewhere.
+        count: k.
+    """
+    found = torch.full((len(questions), count), -1)
+    each = len(questions) // len(left_out)
+    for number, documents in enumerate(left_out):
+        borders = [np.searchsorted(owners, documents, side) for side in ("left", "right")]
+        chunks = [np.arange(*border) for border in zip(*borders, strict=True)]
+        own = slice(number * each, (number + 1) * each)
+        numbers = index.nearest(questions[own], count, np.concatenate([np.empty(0, np.int64), *chunks]))[1]
+        found[own, : numbers.shape[1]] = numbers
+    return found.masked_fill(~questions.isfinite().all(1, keepdim=True).cpu(), -1).to(torch.int32).numpy()
 
 
 def _near(questions: Tensor, block: Tensor, owners: np.ndarray, left_out: Sequence[np.ndarray]) -> Tensor:

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from megatron.config.derived.retrieval import EXACT, FLAT, IVF
+from megatron.config.derived.retrieval import EXACT, IVF
 from megatron.config.schema.retrieval import RetrievalSection
 from megatron.distributed.mesh import Topology
-from megatron.retrieval.faiss_index import KEY, FaissIndex
+from megatron.retrieval.faiss_index import KEY, FaissIndex, open_index
 from megatron.retrieval.main_rank import on_main_rank
 from megatron.retrieval.search import nearest
 
@@ -75,7 +75,4 @@ class PassageFinder:
         return {"index_recall": float(found.double().mean())}
 
     def _open(self) -> None:
-        if self._kind == FLAT:
-            self._index = FaissIndex.flat(self._vectors)
-        else:
-            self._index = FaissIndex.ivf(self._folder, self._vectors, self._probes)
+        self._index = open_index(self._kind, self._folder, self._vectors, self._probes)

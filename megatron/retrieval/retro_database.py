@@ -16,11 +16,12 @@ import numpy as np
 import torch
 
 from megatron.atomic import atomic_path
+from megatron.config.derived.retrieval import EXACT, IVF
 from megatron.data.dataset.data_order import token_digest
 from megatron.data.indexed.reader import IndexedDataset, bin_path
 from megatron.data.retro import neighbors
 from megatron.data.retro.chunks import CHUNKS, KEY, ChunkDatabase, cut, owner_of
-from megatron.data.retro.neighbors import PROBE, NeighborFile, fingerprint
+from megatron.data.retro.neighbors import INDEX, PROBE, NeighborFile, fingerprint
 from megatron.distributed.process_group import device
 from megatron.errors import ConfigError
 from megatron.log import get_logger
@@ -28,7 +29,8 @@ from megatron.param_table import RetroDims
 from megatron.ranks import Ranks
 from megatron.retrieval import embedding_file
 from megatron.retrieval.embedding_file import EmbeddingFile
-from megatron.retrieval.neighbors import nearest_elsewhere
+from megatron.retrieval.faiss_index import FaissIndex, open_index
+from megatron.retrieval.neighbors import nearest_by_index, nearest_elsewhere
 from megatron.retrieval.text_embedder import KEY as EMBEDDER_KEY
 from megatron.retrieval.text_embedder import TextEmbedder
 
@@ -56,12 +58,16 @@ class RetroBuilder:
     """Embeds texts."""
     batch: int
     """Texts of one pass."""
+    index: tuple[str, int]
+    """How neighbours are found: `retrieval_index`, and the cells that `ivf` compares with."""
 
     def facts(self) -> dict[str, Any]:
         """Returns what decides the database."""
+        kind, probes = self.index
         return {
             "chunk_length": self.sizes.chunk,
             "saved": self.saved,
+            INDEX: None if kind == EXACT else f"{kind} {probes}" if kind == IVF else kind,
             "tokenizer": self.tokenizer[2],
             "data_paths": [os.path.abspath(dataset.prefix) for dataset, _ in self.sources],
             "digests": [token_digest(dataset) for dataset, _ in self.sources],
@@ -98,14 +104,18 @@ class RetroBuilder:
         for block in self._share(stored.missing, "chunks"):
             stored.write(block, self._vectors([database.chunk(number) for number in stored.numbers(block)]))
 
+    def build_index(self) -> None:
+        """Writes the index that neighbours are found by, where it has a file and the folder lacks it."""
+        if self.index[0] == IVF:
+            self._open_index(self._embedded())
+
     def search(self) -> None:
         """Finds the neighbours of this rank's share of the samples, in documents that a sample has no tokens of.
 
         Raises ConfigError where chunks have no embeddings yet.
         """
-        database, embedded = self._database(), EmbeddingFile(self.folder / EMBEDDINGS, writes=False)
-        embedded.require_complete(self.folder, key=KEY, hint=neighbors.HINT)
-        vectors, owners = embedded.rows, database.owners()
+        database, vectors = self._database(), self._embedded()
+        owners, index = database.owners(), self._open_index(vectors)
         files = {file_of(dataset): number for number, (dataset, _) in enumerate(self.sources)}
         numbers: dict[str, int | None] = {}  # of data sets by their prefix; None for one that is not in the database
         for split, (samples, _) in self.splits.items():
@@ -121,11 +131,24 @@ class RetroBuilder:
                     numbers.setdefault(dataset.prefix, files.get(file_of(dataset)))
                 left_out = [_owners_of(each, numbers) for each in documents]
                 questions = torch.from_numpy(self._vectors(list(chunks))).to(device())
-                found = nearest_elsewhere(questions, vectors, owners, left_out, self.saved)
+                if index is None:
+                    found = nearest_elsewhere(questions, vectors, owners, left_out, self.saved)
+                else:
+                    found = nearest_by_index(index, questions, owners, left_out, self.saved)
                 stored.write(block, found.reshape(len(own), -1, self.saved))
 
     def _database(self) -> ChunkDatabase:
         return ChunkDatabase(self.folder, [dataset for dataset, _ in self.sources], self.tokenizer[1])
+
+    def _embedded(self) -> np.ndarray:
+        """The embeddings of all chunks. Raises ConfigError where some are missing."""
+        embedded = EmbeddingFile(self.folder / EMBEDDINGS, writes=False)
+        embedded.require_complete(self.folder, key=KEY, hint=neighbors.HINT)
+        return embedded.rows
+
+    def _open_index(self, vectors: np.ndarray) -> FaissIndex | None:
+        kind, probes = self.index
+        return open_index(kind, self.folder / EMBEDDINGS, vectors, probes, distances=True)
 
     def _vectors(self, chunks: Sequence[np.ndarray]) -> np.ndarray:
         text, eod, _ = self.tokenizer

@@ -14,6 +14,8 @@ from megatron.data.retro.neighbors import NeighborFile
 from megatron.distributed.process_group import barrier
 from megatron.engine.builder import init_topology
 from megatron.param_table import RetroDims
+from megatron.retrieval.faiss_index import KEY as FAISS_KEY
+from megatron.retrieval.faiss_index import require_faiss
 from megatron.retrieval.main_rank import on_main_rank
 from megatron.retrieval.retro_database import RetroBuilder, file_of
 from megatron.retrieval.text_embedder import TextEmbedder
@@ -30,6 +32,7 @@ def build_retro_database(config: Config) -> None:
     Raises ConfigError where the folder has those of another run, or the encoder cannot be read; RunError where a file
     cannot be read or written.
     """
+    require_faiss(config.retrieval.retrieval_index)
     topology = init_topology(config)
     tokenizer = build_tokenizer(config.tokenizer)
     sizes = RetroDims.of(config.model)
@@ -49,11 +52,13 @@ def build_retro_database(config: Config) -> None:
         tokenizer=(tokenizer.decode, tokenizer.eod, run_tokenizer(plain, tokenizer).fingerprint or ""),
         embedder=embedder,
         batch=config.evaluation.eval_batch_size or BATCH,
+        index=(config.retrieval.retrieval_index, config.retrieval.retrieval_ivf_probes),
     )
     on_main_rank(builder.create, folder=builder.folder, key="retro_project_dir")
     barrier()
     builder.embed()
     barrier()
+    on_main_rank(builder.build_index, folder=builder.folder, key=FAISS_KEY)
     builder.search()
     barrier()
     if topology.rank == 0:

@@ -136,9 +136,14 @@ def train_settings(made: dict[str, Any], **more: Any) -> dict[str, Any]:
     return {**{key: value for key, value in own.items() if key != "retro_query_num_neighbors_save"}, **more}
 
 
-def test_neighbors_are_those_of_other_documents_that_numpy_finds(made: dict[str, Any]) -> None:
-    folder = Path(made["retro_project_dir"])
-    chunks, found = np.load(folder / "chunks.npy"), np.load(folder / "neighbors_train.npy")
+def test_neighbors_are_those_of_other_documents_that_numpy_finds(made: dict[str, Any], tmp_path: Path) -> None:
+    """By an index too, of which all cells are compared."""
+    folder, other = Path(made["retro_project_dir"]), tmp_path / "database"
+    by_index = {"retrieval_index": "ivf", "retrieval_ivf_probes": 1000, "retro_project_dir": str(other)}
+    run_distributed(build_rank, 2, {**made, **by_index})
+    assert json.loads((other / "retro.json").read_text())["index"] == "ivf 1000"
+    databases = [np.load(one / "neighbors_train.npy") for one in (folder, other)]
+    chunks, found = np.load(folder / "chunks.npy"), databases[0]
     tokens = IndexedDataset(made["data_path"])
     tokenizer, encoder = (kind.from_pretrained(made["retro_embedder"]) for kind in (AutoTokenizer, AutoModel))
 
@@ -152,6 +157,7 @@ def test_neighbors_are_those_of_other_documents_that_numpy_finds(made: dict[str,
         tokens[number].tobytes() for number in sorted(set(chunks[:, 1].tolist()))
     )
     vectors = np.stack([vector(text) for text in texts])
+    assert databases[1].shape == found.shape
     assert found.shape == (MODEL["train_iters"] * MODEL["train_batch_size"], MODEL["seq_length"] // CHUNK, SAVED)
     splits = resolve([], {**train_settings(made), "retro_add_retriever": False}, Resources(1)).config
     samples = read_samples(splits, train=len(found))["train"]
@@ -159,12 +165,13 @@ def test_neighbors_are_those_of_other_documents_that_numpy_finds(made: dict[str,
         sample = np.empty(MODEL["seq_length"] + 1, np.int64)
         samples.read(number, sample)
         own = {origin.document for origin in samples.documents(number)}
-        assert not own & set(chunks[found[number].flatten(), 1].tolist())
+        assert not any(own & set(chunks[rows[number].flatten(), 1].tolist()) for rows in databases)
         others = np.flatnonzero(~np.isin(chunks[:, 1], list(own)))
-        for chunk, neighbors in zip(sample[:-1].reshape(-1, CHUNK), found[number], strict=True):
+        for chunk, *both in zip(sample[:-1].reshape(-1, CHUNK), *(rows[number] for rows in databases), strict=True):
             distances = np.linalg.norm(vectors[others] - vector(chunk), axis=1)
             best = np.sort(distances)[:SAVED]
-            np.testing.assert_allclose(np.linalg.norm(vectors[neighbors] - vector(chunk), axis=1), best, rtol=1e-4)
+            for neighbors in both:
+                np.testing.assert_allclose(np.linalg.norm(vectors[neighbors] - vector(chunk), axis=1), best, rtol=1e-4)
 
 
 def read_samples(config: Any, *, train: int, valid: int = 16) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from megatron.errors import ConfigError, RunError
 from megatron.retrieval import embedding_file, faiss_index
-from megatron.retrieval.faiss_index import FaissIndex, cell_count, require_faiss
+from megatron.retrieval.faiss_index import FaissIndex, cell_count, open_index, require_faiss
+from megatron.retrieval.neighbors import nearest_by_index, nearest_elsewhere
 
 WIDTH, PASSAGES, COUNT = 8, 400, 10
 FACTS: dict[str, Any] = {"passages": PASSAGES, "width": WIDTH, "corpus": "c", "tokenizer": "t", "probe": [0.5] * WIDTH}
@@ -55,6 +56,21 @@ def test_the_nearest_cells_have_most_of_the_passages(tmp_path: Path) -> None:
     found = (numbers >= 0).sum(1)
     assert (found < 150).all() and found.max() > 20
     assert torch.equal(numbers < 0, torch.isneginf(scores)) and (numbers.diff(dim=1) != 0)[:, :20].all()
+
+
+@pytest.mark.parametrize("kind", ["flat", "ivf"])
+def test_neighbors_by_an_index_are_those_of_the_exact_search(kind: str, tmp_path: Path) -> None:
+    """Of no document that is left out, also where few chunks remain; what is not a number is near nothing."""
+    vectors, questions, _ = made(tmp_path, "float32")
+    vectors[[3, 77]], questions[4] = np.nan, np.nan
+    owners = np.sort(np.random.default_rng(1).integers(12, size=PASSAGES)) << 40
+    left_out = [np.unique(owners)[:count] for count in (0, 1, 11)]
+    index = open_index(kind, tmp_path, vectors, cell_count(PASSAGES), distances=True)
+    assert index is not None
+    for count in (COUNT, 60):
+        found = nearest_by_index(index, questions, owners, left_out, count)
+        np.testing.assert_array_equal(found, nearest_elsewhere(questions, vectors, owners, left_out, count))
+    assert (found[:20] >= 0).sum() == 19 * 60 and (found[20:] < 0).any() and (found[20:] >= 0).any()
 
 
 def test_an_index_of_other_embeddings_is_refused(tmp_path: Path) -> None:

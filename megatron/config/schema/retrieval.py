@@ -44,12 +44,12 @@ class RetrievalSection(Section):
     )
     retrieval_index: str = key(
         "exact",
-        "How tools/search_passages.py compares questions with passages: exact, on all ranks; flat, with all of them by "
-        "faiss on one rank; or ivf, with those of the nearest cells of an index beside the embeddings.",
+        "How tools/search_passages.py and tools/build_retro_database.py find the nearest passages or chunks: exact; "
+        "flat, among all by faiss; or ivf, among those of the nearest cells of an index beside the embeddings.",
         choices=("exact", "flat", "ivf"),
     )
     retrieval_ivf_probes: int = key(
-        32, "Cells of an index of kind ivf whose passages a question is compared with.", unit="cells"
+        32, "Cells of an index of kind ivf whose passages or chunks are compared.", unit="cells"
     )
     retro_project_dir: str | None = key(
         None,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron.config.config import Config
 from megatron.config.derived.retrieval import DPR, EMBED, ICT, IVF, RETRIEVAL, RETRIEVAL_SCRIPTS, SEARCH
+from megatron.config.derived.retro import BUILD_NEIGHBORS
 from megatron.config.validation.dependent_model_keys import DependentKeys
 from megatron.errors import ConfigIssue
 
@@ -69,6 +70,12 @@ def blocks_have_their_titles(config: Config) -> Iterator[ConfigIssue]:
                 yield ConfigIssue(what, key=name, value=list(getattr(data, name)), hint="leave it out")
 
 
+def indices_compare_with_something(config: Config) -> Iterator[ConfigIssue]:
+    """An index of cells compares with one of them or more."""
+    if (probes := config.retrieval.retrieval_ivf_probes) < 1:
+        yield ConfigIssue("it must be 1 or more", key="retrieval_ivf_probes", value=probes)
+
+
 def searches_have_their_files(config: Config) -> Iterator[ConfigIssue]:
     """Embedding and searching a corpus need an encoder, the corpus, a folder and, to search it, questions."""
     script, section = script_name(config), config.retrieval
@@ -82,8 +89,6 @@ def searches_have_their_files(config: Config) -> Iterator[ConfigIssue]:
         if not getattr(section, key):
             yield ConfigIssue(f"{script} needs it", key=key, value=None)
     named = [section.evidence_data_path, *((section.qa_data or ()) if script == SEARCH else ())]
-    if section.retrieval_ivf_probes < 1:
-        yield ConfigIssue("it must be 1 or more", key="retrieval_ivf_probes", value=section.retrieval_ivf_probes)
     for key, path in zip(("evidence_data_path", *["qa_data"] * len(named)), named, strict=False):
         if path is not None and not Path(path).is_file():
             yield ConfigIssue("there is no such file", key=key, value=path)
@@ -119,14 +124,17 @@ OF_RETRIEVAL: tuple[DependentKeys, ...] = (
         f"only tools/{EMBED} and tools/{SEARCH} read it",
     ),
     DependentKeys(
-        ("qa_data", "retrieval_match", "retrieval_index"),
-        lambda config: script_name(config) == SEARCH,
-        f"only tools/{SEARCH} reads it",
+        ("qa_data", "retrieval_match"), lambda config: script_name(config) == SEARCH, f"only tools/{SEARCH} reads it"
+    ),
+    DependentKeys(
+        ("retrieval_index",),
+        lambda config: script_name(config) in (SEARCH, BUILD_NEIGHBORS),
+        f"only tools/{SEARCH} and tools/{BUILD_NEIGHBORS} read it",
     ),
     DependentKeys(
         ("retrieval_ivf_probes",),
-        lambda config: script_name(config) == SEARCH and config.retrieval.retrieval_index == IVF,
-        f"only tools/{SEARCH} with retrieval_index: {IVF} reads it",
+        lambda config: config.retrieval.retrieval_index == IVF,
+        f"retrieval_index is not {IVF}",
     ),
     DependentKeys(
         ("pack_impl", "eod_mask_loss", "allow_chopped"),

@@ -146,6 +146,7 @@ RULES: tuple[Rule, ...] = (
     retrieval.encoders_are_one_stage,
     retrieval.numbers_of_samples_make_sense,
     retrieval.blocks_have_their_titles,
+    retrieval.indices_compare_with_something,
     retrieval.searches_have_their_files,
     encoder_decoder.stacks_belong_to_spans,
     encoder_decoder.encoder_decoders_have_their_parts,

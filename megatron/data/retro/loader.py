@@ -21,7 +21,7 @@ from megatron.data.dataset.gpt_dataset import Samples
 from megatron.data.dataset.loader import BatchLoader
 from megatron.data.dataset.sampler import BatchSampler
 from megatron.data.retro.chunks import KEY, ChunkDatabase, open_files
-from megatron.data.retro.neighbors import HINT, PROBE, NeighborFile, fingerprint, read_header, require_same
+from megatron.data.retro.neighbors import HINT, INDEX, PROBE, NeighborFile, fingerprint, read_header, require_same
 from megatron.errors import ConfigError
 from megatron.param_table import RetroDims
 
@@ -71,8 +71,10 @@ class RetroData:
         return RetroLoader(samples, sampler, neighbors=(stored, self._database, self.sizes), eod=self.eod, **settings)
 
     def order_facts(self) -> dict[str, Any]:
-        """Returns a fingerprint of the chunks and of the encoder that decided which are neighbours, by its key."""
+        """Returns a fingerprint of the chunks, the encoder and the index, which decided what is near, by its key."""
         decided = {name: self._facts[name] for name in ("chunk_length", "digests", "documents", PROBE)}
+        if (index := self._facts.get(INDEX)) is not None:  # that of the exact search is left out
+            decided[INDEX] = index
         return {KEY: hashlib.sha256(json.dumps(decided).encode()).hexdigest()[:16]}
 
     @cached_property

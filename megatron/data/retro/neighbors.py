@@ -24,6 +24,8 @@ from megatron.errors import ConfigError, RunError
 HEADER = "retro.json"
 PROBE = "probe"
 """Name of the embedding of a fixed text in it."""
+INDEX = "index"
+"""Name of the index that neighbours were found by, null for the exact search."""
 VERSION = 1
 BLOCK = 64
 """Samples that are marked together."""
