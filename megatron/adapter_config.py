@@ -63,6 +63,8 @@ class LowRank:
     """True if the scale falls with the root of the rank (arXiv:2312.03732)."""
     magnitudes: bool = False
     """True if the norm of each row of W + scale B A is trained too (DoRA, arXiv:2402.09353)."""
+    base: str | None = None
+    """Format of the frozen matrices, a name of FROZEN_FORMATS (QLoRA, arXiv:2305.14314); None for the model's."""
 
     @property
     def scale(self) -> float:
@@ -83,6 +85,7 @@ class LowRank:
         numbers: dict[str, Any] = {"rank": self.rank, "alpha": self.alpha, "dropout": self.dropout}
         numbers |= {"rslora": True} if self.rank_stabilized else {}  # absent in earlier checkpoints
         numbers |= {"dora": True} if self.magnitudes else {}
+        numbers |= {"base": self.base} if self.base else {}
         return {**numbers, "targets": list(self.targets), "modules_to_save": list(self.modules_to_save)}
 
     def trained(self, *, tied: bool) -> frozenset[str]:
@@ -119,7 +122,13 @@ def low_rank(block: Block | None) -> LowRank | None:
         tuple(name for name in SAVED if name in trained),
         block.get("rslora") is True,
         block.get("dora") is True,
+        block.get("base"),
     )
+
+
+def is_in_frozen_format(name: str) -> bool:
+    """Returns whether a tensor, by its name in its layer, is stored in the format that `base` names."""
+    return MODULES.get(name.removesuffix(".weight")) not in (None, EXPERTS_IN, EXPERTS_OUT)
 
 
 def soft_prompt(block: Block | None) -> SoftPrompt | None:

@@ -42,6 +42,7 @@ from megatron.engine.expert_bias import correction_biases
 from megatron.engine.expert_gather import local_experts
 from megatron.engine.fp8 import use_fp8
 from megatron.engine.freeze import allow_empty_grad_norm, freeze, optimizer_parameters, start_magnitudes, start_prompt
+from megatron.engine.frozen_base import freeze_base, frozen_format
 from megatron.engine.inference_engine import InferenceEngine, build_stage, hold_magnitudes, pack
 from megatron.engine.loss_setup import further_losses, loss_function, loss_parts, router_losses
 from megatron.engine.muon_step import MuonStep
@@ -121,6 +122,7 @@ def build_training_engine(
         scores: receives the logits or embeddings of evaluations.
     """
     silence_deepspeed()
+    store = frozen_format(config.model.lora)
     random = TensorParallelRNG(config.training.seed, topology.rank, device())
     losses, parts = router_losses(config.moe), loss_parts(config.model, config.retrieval)
     layout = pipe_layout(config)
@@ -149,6 +151,7 @@ def build_training_engine(
     if prompt_tokens and f"0.{PROMPT}" not in loaded:
         start_prompt(parameters, prompt_tokens, topology.model)
     start_magnitudes(model, {id(parameters[key]) for key in loaded if key in parameters})
+    stored_base = freeze_base(store, model, parameters)
     freeze(parameters, tensors(ModelDims.of(config.model, config.moe, config.mixers), padded_vocab_size))
     initialised, clipper = _initialize(config, topology, model, parameters)
     average = weight_average(initialised.optimizer, parameters, config.optimizer.ema_decay)
@@ -156,6 +159,7 @@ def build_training_engine(
         "deepspeed": initialised,
         "topology": topology,
         "parameters": parameters,
+        "stored_base": stored_base,
         "make_cache": _cache_factory(config, topology, layers),
         "random": random,
         "clipper": clipper,

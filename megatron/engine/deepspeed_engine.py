@@ -19,6 +19,7 @@ from megatron.distributed.process_group import device
 from megatron.engine.accumulation_steps import set_grad_accumulation
 from megatron.engine.base import BaseEngine
 from megatron.engine.expert_gather import gather_experts
+from megatron.engine.frozen_base import expanded
 from megatron.engine.inference_forward import gather_context, gather_vocabulary, shard_prompt
 from megatron.engine.loss_normalization import count_loss_tokens, loss_divisor, sum_over_data
 from megatron.engine.prompt_offset import prepend_padding, prompt_offset
@@ -86,7 +87,8 @@ class PlainEngine(BaseEngine):
         """
         is_saved = self.topology.dp_cp.is_first
         found = {key: _gather_shard(parameter, is_saved) for key, parameter in self.parameters.items()}
-        return {key: value for key, value in found.items() if value is not None} | self.biases
+        base = expanded(self.stored_base) if is_saved else {}
+        return {key: value for key, value in found.items() if value is not None} | base | self.biases
 
     def owned(self) -> dict[str, Parameter]:
         """Returns key -> parameter; without stages every rank has all of them."""

@@ -21,6 +21,7 @@ from megatron.engine.accumulation_steps import set_grad_accumulation
 from megatron.engine.base import BaseEngine
 from megatron.engine.engine import as_tensor
 from megatron.engine.expert_gather import gather_experts
+from megatron.engine.frozen_base import expanded
 from megatron.engine.inference_forward import gather_context, pipeline_forward, shard_prompt
 from megatron.engine.loss_normalization import count_loss_tokens, loss_divisor, sum_over_data
 from megatron.engine.prompt_offset import prepend_padding, prompt_offset
@@ -123,7 +124,8 @@ class PipelinedEngine(BaseEngine):
 
     def weights(self) -> dict[str, Tensor]:
         """Returns key -> this rank's shards of the layers that its stage owns."""
-        return {key: gather_experts(parameter) for key, parameter in self.owned().items()} | self.biases
+        own = {key: gather_experts(parameter) for key, parameter in self.owned().items()}
+        return own | (expanded(self.stored_base) if self.topology.dp_cp.is_first else {}) | self.biases
 
     def _step(self, batches: Iterator[MicroBatch]) -> Iterator[Pair]:
         """Returns the pairs of one step on the first and last stage; the stages between need none."""

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from itertools import pairwise
 from math import prod
 
+from megatron.adapter_config import is_in_frozen_format
 from megatron.block_sparsity import SPARSE_KINDS
 from megatron.config import Config
 from megatron.param_table import ModelDims, TensorShape, tensors
-from megatron.registry import ATTENTION_ALONE, WITHOUT_ATTENTION
+from megatron.registry import ATTENTION_ALONE, FROZEN_BLOCK, FROZEN_FORMATS, WITHOUT_ATTENTION
 
 SAME_TENSORS = {"global", "flash", ATTENTION_ALONE, *SPARSE_KINDS}
 """Kinds with the same tensors of attention and different masks."""
@@ -58,3 +59,17 @@ def split_experts(table: Sequence[TensorShape]) -> tuple[list[TensorShape], list
     """Splits the tensors into those of every data parallel rank, and those of experts."""
     experts = [tensor for tensor in table if tensor.kind in OF_EXPERTS]
     return [tensor for tensor in table if tensor.kind not in OF_EXPERTS], experts
+
+
+def frozen_tensors(dims: ModelDims, table: Sequence[TensorShape]) -> list[TensorShape]:
+    """Returns the tensors that are stored in the format of a frozen base; none without one."""
+    if dims.low_rank is None or dims.low_rank.base is None:
+        return []
+    return [tensor for tensor in table if is_in_frozen_format(tensor.name)]
+
+
+def frozen_bytes(dims: ModelDims, count: int) -> int:
+    """Returns the bytes of that many values in the format of a frozen base, with their scales."""
+    if dims.low_rank is None or dims.low_rank.base is None:
+        return 0
+    return int(count * (FROZEN_FORMATS.entry(dims.low_rank.base).bits / 8 + 4 / FROZEN_BLOCK))

@@ -20,7 +20,15 @@ from megatron.plan.estimates import PlanFigures
 from megatron.plan.flops import flops_per_iteration
 from megatron.plan.kernel_choices import device_of, kernel_figures, kinds_with_scores
 from megatron.plan.memory import Memory, StateLayout, state_memory
-from megatron.plan.parameter_counts import model_tensors, on_rank, split_experts, total, unsupported_reason
+from megatron.plan.parameter_counts import (
+    frozen_bytes,
+    frozen_tensors,
+    model_tensors,
+    on_rank,
+    split_experts,
+    total,
+    unsupported_reason,
+)
 from megatron.plan.retro import retro_activations, retro_flops
 from megatron.plan.schedule import schedule_figures
 from megatron.plan.stage_activations import stage_activations
@@ -160,6 +168,7 @@ def memory_of(config: Config, table: list[TensorShape], padded_vocab_size: int, 
         strict=True,
     )
     of_stages = list(held)
+    in_few_bits = on_rank(frozen_tensors(dims, table), bounds, axes.model_parallel_size, tied=False)
     for rank, flying in enumerate(in_flight(layout, training.gradient_accumulation_steps or 1)):
         stages = layout.stages_of(rank)
         counts = [sum(of_stages[stage][kind] for stage in stages) for kind in range(4)]
@@ -178,7 +187,9 @@ def memory_of(config: Config, table: list[TensorShape], padded_vocab_size: int, 
         ]
         saved = sum(under_way for under_way, _ in held_by) + max(more for _, more in held_by)
         changed = (counts[2], counts[3]) if dims.frozen else None
-        candidates.append(Memory(*state_memory(counts[0], stored, counts[1], changed), saved))
+        few = sum(in_few_bits[stage] for stage in stages)
+        parameters, gradients, optimizer = state_memory(counts[0] - few, stored, counts[1], changed)
+        candidates.append(Memory(parameters + frozen_bytes(dims, few), gradients, optimizer, saved))
     return max(candidates, key=lambda memory: memory.total)
 
 

@@ -11,6 +11,7 @@ A new component is one new file and one entry here. Packages outside this tree r
 from megatron.registry.entry import (
     ActivationEntry,
     Entry,
+    FrozenFormatEntry,
     NormEntry,
     OptimizerEntry,
     PositionEntry,
@@ -20,6 +21,7 @@ from megatron.registry.entry import (
     TensorSpec,
     TokenizerEntry,
 )
+from megatron.registry.frozen import FROZEN_BLOCK, FROZEN_FORMATS
 from megatron.registry.model import (
     ACTIVATIONS,
     ATTENDS,
@@ -84,6 +86,8 @@ __all__ = [
     "EIGHT_BIT",
     "ENTRYWISE",
     "FEEDS",
+    "FROZEN_BLOCK",
+    "FROZEN_FORMATS",
     "FULL_ATTENTION",
     "GATED_DELTA_NET",
     "HANDLES_ZERO1",
@@ -119,6 +123,7 @@ __all__ = [
     "WITH_OUT_PROJ",
     "ActivationEntry",
     "Entry",
+    "FrozenFormatEntry",
     "NormEntry",
     "OptimizerEntry",
     "PositionEntry",

@@ -58,6 +58,14 @@ class NormEntry(Entry):
 
 
 @dataclass(frozen=True, kw_only=True)
+class FrozenFormatEntry(Entry):
+    """A format of frozen weights: the target stores a weight [out, in], as `megatron.kernels.frozen_linear` says."""
+
+    bits: int
+    """Of a value, without the fp32 scale of each block."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PositionEntry(Entry):
     """A position scheme: the target is a subclass of `megatron.model.positions.base.Positions`."""
 

@@ -53,7 +53,7 @@ WHERE: dict[str, tuple[str, ...]] = {
         "megatron/optim/",
         "benchmarks/",
     ),
-    "bitsandbytes": ("megatron/optim/bitsandbytes.py",),
+    "bitsandbytes": ("megatron/optim/bitsandbytes.py", "megatron/kernels/four_bits.py"),
     "pytorch_optimizer": ("megatron/optim/",),
     "wandb": ("megatron/metrics/sinks/wandb.py",),
     "comet_ml": ("megatron/metrics/sinks/comet.py",),

@@ -28,6 +28,7 @@ BASE: dict[str, Any] = {
 ROTARY = {"pos_emb": "rotary"}
 EXPERTS = {"moe_num_experts": 4, "moe_router_type": "topk", "moe_top_k": 2}
 UPDATES = {"lora": {"rank": 4, "alpha": 16}}
+FOUR_BITS = {"lora": {**UPDATES["lora"], "base": "nf4"}, "hidden_size": 64}
 WHERE = Path("save/global_step3")
 
 
@@ -49,6 +50,8 @@ def flat(**values: Any) -> dict[str, Any]:
         ("moe_top_k", EXPERTS, {**EXPERTS, "moe_top_k": 1}),
         ("moe_normalize_top_k", EXPERTS, {**EXPERTS, "moe_normalize_top_k": True}),
         ("lora", UPDATES, {"lora": {"rank": 4}}),
+        ("lora", {**UPDATES, "hidden_size": 64}, FOUR_BITS),
+        ("lora", FOUR_BITS, {**FOUR_BITS, "lora": {**UPDATES["lora"], "base": "int8"}}),
         ("softmax_type", {}, {"softmax_type": "off-by-one"}),
         ("attention_output_gate", {}, {"attention_output_gate": True}),
     ],
@@ -85,6 +88,7 @@ def test_what_is_changed_on_purpose_is_reported(key: str, now: dict[str, Any], c
         ({}, {"rotary_emb_base": 20000}),  # no rotary positions
         ({}, {"moe_router_type": "topk"}),  # no experts
         ({}, UPDATES),  # begun with finetune, or reported as tensors that are missing
+        (FOUR_BITS, {**FOUR_BITS, **UPDATES}),  # a checkpoint has the expanded matrices
         (UPDATES, {"lora": {"rank": 8}}),  # reported as tensors of other shapes
         (UPDATES, {"lora": {"rank": 4, "alpha": 16.0, "dropout": 0.1}}),
         ({}, {"precision": "bfloat16", "hidden_dropout": 0.1, "max_position_embeddings": 16}),

@@ -16,6 +16,9 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
             ({"rank": 4, "alpha": 0}, "alpha is a number above 0, not 0"),
             ({"rank": 4, "rslora": "yes"}, "rslora is true or false, not 'yes'"),
             ({"rank": 4, "dora": 1}, "dora is true or false, not 1"),
+            ({"rank": 4, "base": "nf5"}, "there is no base nf5; did you mean nf4?"),
+            ({"rank": 4, "base": 4}, "there is no base 4; base is one of nf4, fp4, int8"),
+            ({"rank": 4, "base": "nf4", "dora": True}, "base: nf4 does not go with dora: it reads the rows of frozen"),
             ({"rank": 4, "dropout": 1.0}, "dropout is a probability below 1, not 1.0"),
             ({"rnk": 4}, "it has no rnk; did you mean rank?"),
             ({"rank": 4, "targets": "dens"}, "there is no matrix dens; did you mean dense?"),
@@ -68,6 +71,16 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
         )
         for name, value in (("dropout", 0.1), ("dora", True))
     ],
+    (
+        2,
+        {"lora": {"rank": 4, "base": "int8"}, "hidden_size": 64, "model_parallel_size": 2},
+        "base: int8 needs rows that divide by 64, and the width of the heads of a rank is 32",
+    ),
+    (
+        1,
+        {"lora": {"rank": 4, "base": "nf4"}, "hidden_size": 64, "compile": True},
+        "base: nf4 does not go with compile: these matrices are expanded by code that is not compiled",
+    ),
     (1, {"lora": {"rank": 4}, "soft_prompt_tuning": {}}, "a soft prompt is trained alone; keep one of the two"),
     *[
         (1, {"soft_prompt_tuning": block}, reported)

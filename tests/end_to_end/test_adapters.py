@@ -56,6 +56,7 @@ CASES: dict[str, Keys] = {
         "linear_value_head_dim": 16,
     },
     "updates of experts, gated": {**EXPERTS, "activation": "swiglu", "mlp_multiple_of": 8},
+    "updates of 4 bits": {"lora": {**UPDATES["lora"], "base": "nf4"}, "hidden_size": 128},
     "updates and the one matrix of both": BOTH,
     "updates, embedding": EMBEDDING,
     "updates, output layer": HEAD,

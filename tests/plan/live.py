@@ -63,7 +63,7 @@ class Ledger:
     """The largest sizes seen of each component [bytes]."""
 
     def __init__(self, engine: Any, live: LiveStorages) -> None:
-        self._engine, self._live = engine.deepspeed, live
+        self._engine, self._live, self._base = engine.deepspeed, live, engine.stored_base.values()
         self._before = _everything()  # what is alive before the step is no activation of it
         self.parameters = self.gradients = self.optimizer = self.activations = 0
 
@@ -84,7 +84,8 @@ class Ledger:
     def _parameters(self) -> Storages:
         held = list(self._engine.module.parameters())
         parts = [getattr(one, name, None) for one in held for name in ("ds_tensor", "ds_secondary_tensor")]
-        return storages(one.data for one in held) | storages(part for part in parts if part is not None)
+        few = [part for matrix in self._base for part in matrix.stored()]
+        return storages([*(one.data for one in held), *few]) | storages(part for part in parts if part is not None)
 
     def _optimizer(self) -> Storages:
         optimizer = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)

@@ -93,6 +93,15 @@ WAYS: dict[str, tuple[int, dict[str, Any]]] = {
     "pipeline, zero bubble, tied": (2, {**PIPELINE, "pipe_schedule": "zero_bubble", "no_weight_tying": False}),
     "pipeline, interleaved, recomputed": (2, {**PIPELINE, **AGAIN, "pipe_schedule": "interleaved"}),
     "updates": (1, UPDATES),
+    "updates of 4 bits": (1, {"lora": {**UPDATES["lora"], "base": "nf4"}}),
+    "updates of 8 bits, ZeRO 2, bfloat16": (
+        2,
+        {
+            "lora": {**UPDATES["lora"], "base": "int8"},
+            "precision": "bfloat16",
+            "zero_optimization": {"stage": 2, **BUCKETS},
+        },
+    ),
     "updates, sequence": (2, {**UPDATES, "model_parallel_size": 2, "sequence_parallel": True}),
     "updates, ZeRO 2, bfloat16": (
         2,

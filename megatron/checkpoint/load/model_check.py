@@ -199,7 +199,9 @@ def _differing(keys: Mapping[str, Concerned], stored: Values, own: Values) -> It
             continue  # what reads neighbours is added, which tensors say
         if key == "lora":
             then, now = low_rank(stored[key]), low_rank(own[key])
-            if then and now and then.rank == now.rank and then.scale != now.scale:  # another rank: other tensors
+            if then is None or now is None or then.rank != now.rank:  # another rank: other tensors
+                continue
+            if then.scale != now.scale or (now.base is not None and then.base != now.base):
                 yield key
         elif key == "task_labels" and _unnamed(stored[key]):
             continue

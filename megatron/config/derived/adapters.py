@@ -26,6 +26,7 @@ from megatron.adapter_config import (
 )
 from megatron.errors import ConfigError
 from megatron.registry import (
+    FROZEN_FORMATS,
     REPLACING,
     WITH_IN_PROJ,
     WITH_OUT_PROJ,
@@ -36,7 +37,7 @@ from megatron.registry import (
 
 Block = Mapping[str, Any]
 SWITCHES = ("rslora", "dora")
-NAMES = ("enabled", "rank", "alpha", "dropout", "targets", "modules_to_save", *SWITCHES)
+NAMES = ("enabled", "rank", "alpha", "dropout", "targets", "modules_to_save", "base", *SWITCHES)
 """What a `lora` block may have."""
 
 
@@ -107,7 +108,15 @@ def _lora_error(block: Block | None) -> str | None:
     for name in SWITCHES:
         if not isinstance(block.get(name, False), bool):
             return f"{name} is true or false, not {block[name]!r}"
-    return _targets_error(block) or _modules_error(block)
+    return _base_error(block.get("base")) or _targets_error(block) or _modules_error(block)
+
+
+def _base_error(name: Any) -> str | None:
+    if name is None or (isinstance(name, str) and name in FROZEN_FORMATS):
+        return None
+    close = FROZEN_FORMATS.nearest(str(name))
+    choices = f"base is one of {', '.join(FROZEN_FORMATS.names)}"
+    return f"there is no base {name}; " + (f"did you mean {close}?" if close else choices)
 
 
 def _targets_error(block: Block) -> str | None:

@@ -195,7 +195,8 @@ class ModelSection(Section):
         "all, which leaves experts out, the first unless given, modules_to_save: [embedding, head], matrices that are "
         "trained beside the adapters, none unless given, "
         "rslora: true for alpha / sqrt(rank), dora: true to train the norm of each row of W + alpha / rank B A too, "
-        "arXiv:2402.09353}, arXiv:2106.09685.",
+        "arXiv:2402.09353, base: nf4, fp4 or int8 to store frozen matrices of blocks in 4 or 8 bits, "
+        "arXiv:2305.14314}, arXiv:2106.09685.",
     )
     num_token_types: int | None = key(
         None,

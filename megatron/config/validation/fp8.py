@@ -45,22 +45,26 @@ def product_sizes(config: Config, key: str, value: Any, *, widths: int, tokens: 
         widths: Divisor of widths.
         tokens: Divisor of the number of tokens of a micro batch.
     """
-    model, ranks = config.model, max(1, config.parallelism.model_parallel_size)
-    assert model.hidden_size
-    assert model.seq_length
-    assert model.num_attention_heads
-    assert model.kv_channels
-    sizes = {
-        "hidden_size": model.hidden_size,
-        "the width of the heads of a rank": model.num_attention_heads * model.kv_channels // ranks,
-        "the inner width of the MLP on a rank": model.mlp_width // ranks,
-    }
-    for name, width in sizes.items():
+    for name, width in divided_widths(config).items():
         if width % widths:
             what = f"FP8 needs widths that divide by {widths}, and {name} is {width}"
             yield ConfigIssue(what, key=key, value=value, hint=f"change it, or leave {key} out")
     micro_batch = config.training.train_micro_batch_size_per_gpu
-    count = model.seq_length * (micro_batch or 1) // max(1, config.parallelism.context_parallel_size)
+    assert config.model.seq_length
+    count = config.model.seq_length * (micro_batch or 1) // max(1, config.parallelism.context_parallel_size)
     if micro_batch and count % tokens:
         what = f"FP8 needs numbers of tokens that divide by {tokens}, and a micro batch of a rank has {count}"
         yield ConfigIssue(what, key=key, value=value, hint=f"change seq_length, or leave {key} out")
+
+
+def divided_widths(config: Config) -> dict[str, int]:
+    """Returns the widths of what the matrices of attention and MLP read on a rank, by their names in messages."""
+    model, ranks = config.model, max(1, config.parallelism.model_parallel_size)
+    assert model.hidden_size
+    assert model.num_attention_heads
+    assert model.kv_channels
+    return {
+        "hidden_size": model.hidden_size,
+        "the width of the heads of a rank": model.num_attention_heads * model.kv_channels // ranks,
+        "the inner width of the MLP on a rank": model.mlp_width // ranks,
+    }

@@ -23,6 +23,7 @@ from megatron.distributed.tensor_parallel.sequence_parallel import (
     gathered_linear,
     reduce_from_tp,
 )
+from megatron.kernels.frozen_linear import FrozenLinear
 from megatron.kernels.linear import BoundLinear, LinearKernel, plain_linear
 
 
@@ -102,7 +103,7 @@ class ColumnParallelLinear(nn.Module):
 
     def _product(self, x: Tensor, bias: Tensor | None, regather: Regather | None = None) -> Tensor:
         """Returns x Wᵀ + bias, [..., out/t], of the full sequence [s, ..]."""
-        if self.axis.sequence_parallel and not isinstance(self.kernel, BoundLinear):
+        if self.axis.sequence_parallel and not isinstance(self.kernel, (BoundLinear, FrozenLinear)):
             return gathered_linear(x, self.weight, bias, self.axis, self.kernel, regather)
         return self.kernel(gather_or_copy_to_tp(x, self.axis), self.weight, bias)
 

@@ -295,7 +295,9 @@ MODELS = {
     "neox, one residual, tied": lambda: _neox(use_parallel_residual=False, rotary_pct=1.0, tie_word_embeddings=True),
     "neox without attention biases": lambda: _neox(attention_bias=False, hidden_act="gelu_pytorch_tanh"),
     "llama, as many kv heads": lambda: _llama(num_key_value_heads=4),
-    "llama, grouped, biases": lambda: _llama(num_key_value_heads=2, attention_bias=True, mlp_bias=True),
+    "llama, grouped, biases": lambda: _llama(
+        num_key_value_heads=2, attention_bias=True, mlp_bias=True, intermediate_size=128
+    ),
     "llama, wide heads, tied": lambda: _llama(num_key_value_heads=2, head_dim=32, tie_word_embeddings=True),
     "mistral": lambda: MistralForCausalLM(MistralConfig(**_LLAMA, num_key_value_heads=2, sliding_window=None)),
     "mistral with a window": lambda: MistralForCausalLM(

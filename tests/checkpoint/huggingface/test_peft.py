@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from megatron.checkpoint.huggingface.export_model import export
 from megatron.checkpoint.huggingface.model_folder import Folder
@@ -78,7 +78,11 @@ class Case:
         return ids.where(ids >= 2 * self.new, ids % 2 + VOCABULARY) if self.new else ids
 
     def base(self) -> PreTrainedModel:
-        """The model of transformers, with rows for the new tokens."""
+        """The model of transformers, with rows for the new tokens, or with matrices of 4 bits by bitsandbytes."""
+        kind = self.added.get("lora", {}).get("base")
+        if kind is not None:
+            few = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_compute_dtype=torch.float32)
+            return AutoModelForCausalLM.from_pretrained(self.folder / "theirs", quantization_config=few).eval()
         model = make(self.name)
         if self.new:
             model.resize_token_embeddings(VOCABULARY + self.new, mean_resizing=False)
@@ -191,6 +195,8 @@ ALONE: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba2, norms": ("mamba2", {"lora": {**INPUTS["lora"], "dora": True}}),
     "neox, updates and both": ("neox", BOTH),
     "gpt2, updates and the one matrix of both": ("gpt2", BOTH),
+    "llama, updates, nf4": ("llama, grouped, biases", {"lora": {**ROWS["lora"], "base": "nf4"}}),
+    "llama, updates, fp4": ("llama, grouped, biases", {"lora": {**ROWS["lora"], "base": "fp4"}}),
     "neox, prompt": ("neox", PROMPT),
     "gpt2, prompt": ("gpt2", PROMPT),
 }
