@@ -29,7 +29,7 @@ from megatron.checkpoint.huggingface.peft_settings import CONFIG
 from megatron.checkpoint.huggingface.safetensors_format import Promise
 from megatron.checkpoint.load.stored_model import StoredModel
 from megatron.errors import ConfigError
-from megatron.param_table import DOWN, MAGNITUDE, PROMPT, UP, ModelDims, TensorShape
+from megatron.param_table import DOWN, MAGNITUDE, PROMPT, UP, ModelDims, TensorShape, is_adapter_tensor
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -84,7 +84,8 @@ def export_adapter(
             hint="leave --adapter-only out to convert both encoders with their updates",
         )
     saved = SavedModules.of(stored, tokens, base_model)
-    dtype = PRECISIONS.get(precision) or stored.full_tensor(stored.table[0]).dtype
+    changed = next(shape for shape in stored.table if is_adapter_tensor(shape))
+    dtype = PRECISIONS.get(precision) or stored.full_tensor(changed).dtype
     if updates is not None:
         experts = fused_matrices(family, dims)
         promises = list(_factors(stored, family, dims, dtype))
@@ -93,7 +94,7 @@ def export_adapter(
             settings["target_parameters"] = target_parameters(experts, updates)
             promises += expert_promises(stored, experts, updates, dtype)
         settings |= saved.settings(family, dims)
-        promises += saved.promises(family, dims, dtype)
+        promises += saved.promises(family, dims, PRECISIONS.get(precision) or stored.full_tensor(stored.table[0]).dtype)
     else:
         promises = [_prompt(stored, dtype)]
         settings = _prompt_tuning(dims, promises[0].shape[0])

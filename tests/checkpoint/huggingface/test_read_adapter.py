@@ -12,6 +12,7 @@ import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from megatron.checkpoint.huggingface.import_model import adopt
 from megatron.checkpoint.huggingface.model_folder import Folder
@@ -256,18 +257,21 @@ def test_absent_settings_are_those_of_peft(tmp_path: Path) -> None:
 
 
 def test_an_export_of_ours_comes_back_bit_by_bit(tmp_path: Path) -> None:
-    """Queries, keys and values then share A, so the rank stays."""
+    """Queries, keys and values then share A, so the rank stays; beside a model in bfloat16 as well, in 32 bits."""
     write(LLAMA, tmp_path, **CASES["all"][1])
     ours(tmp_path)
     export_adapter(open_model(tmp_path / "ours" / "global_step0"), tmp_path / "back")
-    (tmp_path / "second").mkdir()
-    adopt(Folder.open(tmp_path / "theirs"), tmp_path / "again", adapter=tmp_path / "back")
-    export_adapter(open_model(tmp_path / "again" / "global_step0"), tmp_path / "second")
-    first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("back", "second"))
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[key], second[key]) for key in first)
-    ranks = [json.loads((tmp_path / name / "adapter_config.json").read_text())["r"] for name in ("back", "second")]
-    assert ranks == [9, 9]  # three of three
+    half = AutoModelForCausalLM.from_pretrained(tmp_path / "theirs", dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path / "half")
+    first = load_file(tmp_path / "back" / "adapter_model.safetensors")
+    for base in ("theirs", "half"):
+        adopt(Folder.open(tmp_path / base), tmp_path / f"of {base}", adapter=tmp_path / "back")
+        export_adapter(open_model(tmp_path / f"of {base}" / "global_step0"), tmp_path / f"again of {base}")
+        second = load_file(tmp_path / f"again of {base}" / "adapter_model.safetensors")
+        assert first.keys() == second.keys()
+        assert all(first[key].dtype == second[key].dtype and torch.equal(first[key], second[key]) for key in first)
+        settings = json.loads((tmp_path / f"again of {base}" / "adapter_config.json").read_text())
+        assert settings["r"] == 9  # three of three
 
 
 ONE_TOKEN = '{"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}'
