@@ -133,7 +133,10 @@ class Rendering:
     def _span(self, number: int, full_text: str) -> tuple[int, int, int]:
         """Where one turn is in the rendered text, and where its words begin [characters]."""
         turns = self._turns
-        closed = full_text if number == len(turns) - 1 else self._text(turns[: number + 1])
+        try:
+            closed = full_text if number == len(turns) - 1 else self._text(turns[: number + 1])
+        except TemplateRefusal:
+            return self._among_later_turns(number, full_text)
         other = self._with_other_words(number, turns[: number + 1])
         differs = _common(closed, other)
         if differs == len(closed) < len(full_text) and number and closed == self._text(turns[:number]):
@@ -155,6 +158,18 @@ class Rendering:
         if number and turns[number]["role"] == ASSISTANT:
             return self._prompted(turns[:number], full_text, inside), stop, inside
         return inside, stop, inside
+
+    def _among_later_turns(self, number: int, full_text: str) -> tuple[int, int, int]:
+        """Where a turn is that the template renders with later turns alone (Qwen3.5: with a question).
+
+        Its words, the special token that follows them, and blanks up to the one of the next turn.
+        """
+        other = self._with_other_words(number, self._turns)
+        inside = _common(full_text, other)
+        stop = len(full_text) - _common_end(full_text[inside:], other)
+        _, ended = self._ended(inside, stop, inside, full_text)
+        following = ended + len(full_text[ended:]) - len(full_text[ended:].lstrip())
+        return inside, following if full_text.startswith(tuple(self._special), following) else ended, inside
 
     def _unwritten_when_last(self, number: int, other: str, full_text: str) -> tuple[int, int, int]:
         """Where an empty turn is that the template does not write when it is the last one (Nemotron Nano 2)."""

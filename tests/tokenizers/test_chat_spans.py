@@ -45,6 +45,13 @@ HARMONY = (
     "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
 )
 """That of gpt-oss."""
+ASKED = (
+    "{% if messages | selectattr('role', 'equalto', 'user') | list | length == 0 %}"
+    "{{ raise_exception('No user query found in messages.') }}{% endif %}{% for m in messages %}<|im_start|>"
+    "{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""That of Qwen3.5: a conversation has a question."""
 SPECIAL = (
     *("<s>", "</s>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|START_OF_TURN_TOKEN|>", "<|say|>"),
     *("<|END_OF_TURN_TOKEN|>", "<|SYSTEM_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>", "<|START_RESPONSE|>"),
@@ -84,6 +91,9 @@ def learnt(template, turns, role="assistant", special=SPECIAL):
         (NEMOTRON, [ASK, HI, ASK, EMPTY], "assistant", ["Hi\n<|end|>\n", ""]),
         (HARMONY, [ASK, EMPTY, ASK, SO], "assistant", [f"{FINAL}<|end|>", f"{FINAL}So<|return|>"]),
         (HARMONY, [ASK, EMPTY], "assistant", [f"{FINAL}<|return|>"]),
+        (ASKED, [HI, *TALK], "assistant", [f"{each}<|im_end|>\n" for each in ("Hi", "Hi", "So")]),
+        (ASKED, [TURNS[0], EMPTY, ASK, SO], "assistant", ["<|im_end|>\n", "So<|im_end|>\n"]),
+        (ASKED, [TURNS[0], HI, ASK, SO], "system", ["be kind<|im_end|>\n"]),
         (HARMONY, [ASK, EMPTY, ASK, SO], "user", ["one<|end|>"] * 2),
     ],
 )
