@@ -159,10 +159,11 @@ class Config:
         """Returns a Config in which these keys have other values. Nothing is derived again."""
         return Config.from_flat({**self.flat(), **values})
 
-    def for_inference(self) -> Config:
+    def for_inference(self, *, drafts: bool = False) -> Config:
         """Returns the Config of generation and evaluation: no optimizer state, ZeRO, recompute or dropout.
 
-        Context parallelism, expert parallelism and the prediction of further tokens are off as well.
+        Context parallelism, expert parallelism and the prediction of further tokens are off as well. drafts: keeps the
+        modules of the latter where `num_speculative_tokens` asks for them.
         """
         return self.replace(
             zero_optimization={"stage": 0},
@@ -177,7 +178,7 @@ class Config:
             moe_eval_capacity_factor=None,
             hidden_dropout=0.0,
             attention_dropout=0.0,
-            mtp_num_layers=None,
+            mtp_num_layers=self.model.mtp_num_layers if drafts and self.generation.num_speculative_tokens else None,
         )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -38,6 +39,7 @@ from megatron.engine.deepspeed_setup import (
     silence_deepspeed,
     skip_lone_allreduce,
 )
+from megatron.engine.drafter import Drafter
 from megatron.engine.expert_bias import correction_biases
 from megatron.engine.expert_gather import local_experts
 from megatron.engine.fp8 import use_fp8
@@ -223,6 +225,11 @@ def build_inference_engine(
     load_weights({**stage.parameters, **stage.buffers}, checkpoint, topology)
     hold_magnitudes(stage)
     pack(stage)
+    drafter, depths = None, config.model.mtp_num_layers or 0
+    if depths:
+        last = require(config.model.num_layers) + 1
+        drafter = Drafter.of(stage.functions, depths, topology, _cache_factory(config, topology, [last]))
+        stage = replace(stage, functions=stage.functions[:-depths])
     engine = InferenceEngine(
         stage,
         topology,
@@ -231,6 +238,7 @@ def build_inference_engine(
         padded_vocab_size=padded_vocab_size,
         dtype=DTYPES[require(config.precision.precision)],
         prompt=prompt_length(config.model.soft_prompt_tuning),
+        drafter=drafter,
     )
     validate(checkpoint, engine)
     return engine

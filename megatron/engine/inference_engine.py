@@ -19,6 +19,7 @@ from megatron.distributed.process_group import device
 from megatron.distributed.tensor_parallel.embedding import VocabParallelEmbedding
 from megatron.distributed.tensor_parallel.linear import ColumnParallelLinear
 from megatron.distributed.tensor_parallel.lora import magnitude_arguments
+from megatron.engine.drafter import Drafter
 from megatron.engine.expert_bias import correction_biases
 from megatron.engine.inference_forward import pipeline_forward
 from megatron.engine.prompt_offset import prepend_padding, prompt_offset, shift_positions
@@ -121,6 +122,8 @@ class InferenceEngine:
     """Type of the activations."""
     prompt: int = 0
     """Vectors of a soft prompt before every sequence."""
+    drafter: Drafter | None = None
+    """The model with its modules that predict further tokens, where these are built."""
 
     @torch.inference_mode()
     def logits(self, tokens: Tensor, cache: KVCache | None = None, at: Tensor | None = None) -> Tensor:

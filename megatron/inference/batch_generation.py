@@ -12,10 +12,19 @@ from megatron.tokenizers.base import Tokenizer
 
 
 class TextGenerator:
-    """Continues prompts, each as if it were the only one. Collective over the model's ranks."""
+    """Continues prompts, each as if it were the only one. Collective over the model's ranks.
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, settings: Settings) -> None:
-        self._engine = engine
+    Args:
+        engine: Computes logits.
+        tokenizer: Of the model.
+        settings: How texts grow, and where they end.
+        make: Makes a token loop.
+    """
+
+    def __init__(
+        self, engine: Engine, tokenizer: Tokenizer, settings: Settings, make: Callable[..., TokenLoop] = TokenLoop
+    ) -> None:
+        self._engine, self._make = engine, make
         self._tokenizer = tokenizer
         self._settings = settings
 
@@ -45,6 +54,7 @@ class TextGenerator:
             [answer.growing for answer in answers],
             rows=settings.batch_size,
             cached=not settings.recompute,
+            make=self._make,
         )
         while following is not None:
             while following is not None and id(following) in done:
@@ -92,7 +102,7 @@ class TextGenerator:
         text = answer.growing
         if text.ended:
             return answer.record()
-        loop = TokenLoop(self._engine, rows=1, max_length=text.longest, cached=not self._settings.recompute)
+        loop = self._make(self._engine, rows=1, max_length=text.longest, cached=not self._settings.recompute)
         steps = loop.join([text])
         while not answer.take(steps[0]) and not text.ended and not interrupted():
             steps = loop.step()

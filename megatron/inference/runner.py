@@ -18,19 +18,24 @@ from megatron.distributed.init import shutdown
 from megatron.distributed.mesh import Topology
 from megatron.distributed.process_group import any_rank
 from megatron.engine.builder import build_inference_engine, init_topology
+from megatron.engine.drafter import Drafter
 from megatron.engine.encoder_decoder import EncoderDecoderEngine
 from megatron.engine.engine import Engine
+from megatron.engine.inference_engine import InferenceEngine
 from megatron.engine.vocabulary import build_vocabulary
 from megatron.errors import ConfigError
 from megatron.health.heartbeat import ASKING
 from megatron.health.watchdog import Watchdog
 from megatron.inference import batch_modes
 from megatron.inference.batch_generation import TextGenerator
+from megatron.inference.drafting_loop import DraftingLoop
 from megatron.inference.generation_request import Settings
 from megatron.inference.interactive import Interruption, run_interactive
 from megatron.inference.precompute_logprobs import write_log_probabilities
 from megatron.inference.prompt_broadcast import broadcast_prompt
 from megatron.inference.sampling import Sampling
+from megatron.inference.token_loop import TokenLoop
+from megatron.log import get_logger
 from megatron.param_table import ModelDims
 from megatron.registry import POSITIONS
 from megatron.tokenizer_info import describe_tokenizer
@@ -51,7 +56,7 @@ def generate(config: Config, wrap: Callable[[Config, Engine, Tokenizer], Engine]
 
     config: of the model. wrap: returns the engine to generate with; the model's own unless given.
     """
-    config = config.for_inference()
+    config = config.for_inference(drafts=True)
     section = config.generation
     if section.text_gen_type == batch_modes.PRECOMPUTE:
         precompute(config)
@@ -60,8 +65,9 @@ def generate(config: Config, wrap: Callable[[Config, Engine, Tokenizer], Engine]
     contexts = _contexts(config, mode)
 
     def work(engine: Engine, tokenizer: Tokenizer, topology: Topology) -> None:
+        drafter = engine.drafter if isinstance(engine, InferenceEngine) else None
         engine = engine if wrap is None else wrap(config, engine, tokenizer)
-        generator = TextGenerator(engine, tokenizer, _settings(config))
+        generator = TextGenerator(engine, tokenizer, _settings(config), _loop(config, drafter, tokenizer))
         is_main_rank = topology.rank == 0
         if mode == batch_modes.INTERACTIVE:
             run_interactive(
@@ -77,8 +83,18 @@ def generate(config: Config, wrap: Callable[[Config, Engine, Tokenizer], Engine]
         else:
             path = batch_modes.output_path(section.sample_output_file, section.sample_input_file)
             batch_modes.run_over(generator, contexts, path, writes=is_main_rank, show=sys.stdout)
+        if drafter is not None and is_main_rank:
+            get_logger(__name__).info("%s", drafter.counts)
 
     with_loaded_model(config, work)
+
+
+def _loop(config: Config, drafter: Drafter | None, tokenizer: Tokenizer) -> Callable[..., TokenLoop]:
+    """What makes the token loop, with drafts where the modules for them are built."""
+    if drafter is None:
+        return TokenLoop
+    tokens = config.generation.num_speculative_tokens
+    return partial(DraftingLoop, drafter=drafter, tokens=tokens, vocab_size=vocabulary(config, tokenizer))
 
 
 def precompute(config: Config) -> None:

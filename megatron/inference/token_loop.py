@@ -12,7 +12,7 @@ b batch, s sequence, v padded vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -124,11 +124,15 @@ class TokenLoop:
                 cache.set_valid_lengths([cache.prompt + len(text.tokens) for text in group])
             tokens, last = _padded([text.tokens for text in group])
             self.texts += group
-            steps += self._choose(group, self._engine.logits(tokens, cache, last))
+            steps += self._choose(group, self._read(group, tokens, cache, last))
         return steps
 
+    def _read(self, texts: Sequence[RunningSequence], tokens: Tensor, cache: KVCache | None, last: Tensor) -> Tensor:
+        """The scores [b, v] behind prompts [b, s]. last: where each of them ends in the flattened [b, s]."""
+        return self._engine.logits(tokens, cache, last)
+
     def step(self) -> list[Step]:
-        """One more token for every text; those that end with it are out."""
+        """One more token for every text, or for some of them; those that end with it are out."""
         self._drop_ended()
         texts = list(self.texts)
         if not texts:
@@ -137,7 +141,7 @@ class TokenLoop:
             tokens, last = _padded([text.tokens for text in texts])
             return self._choose(texts, self._engine.logits(tokens, None, last))
         cache = self._cache.rows(0, len(texts))
-        cache.set_lengths([_held(text, cache) for text in texts])
+        cache.set_lengths([held(text, cache) for text in texts])
         tokens = torch.tensor([text.tokens[-1:] for text in texts])  # [b, 1]
         return self._choose(texts, self._engine.logits(tokens, cache)[:, 0])
 
@@ -149,15 +153,24 @@ class TokenLoop:
     def leave(self, text: RunningSequence) -> None:
         """Drops a text; its row is free at once."""
         at = self.texts.index(text)
-        if text.failed and self._cache is not None:
-            self._cache.clear(at)
+        if text.failed:
+            for cache in self._caches():
+                cache.clear(at)
         last = self.texts.pop()
         if last is text:
             return
         self.texts[at] = last
-        if self._cache is not None:
-            self._cache.lengths[len(self.texts)] = _held(last, self._cache)
-            self._cache.move(len(self.texts), at)
+        for cache in self._caches():
+            cache.lengths[len(self.texts)] = self._stored(last, cache)
+            cache.move(len(self.texts), at)
+
+    def _caches(self) -> list[KVCache]:
+        """Every cache with a row for each text."""
+        return [] if self._cache is None else [self._cache]
+
+    def _stored(self, text: RunningSequence, cache: KVCache) -> int:
+        """Positions of a text whose memory is still needed."""
+        return held(text, cache)
 
     @torch.no_grad()
     def _choose(self, texts: Sequence[RunningSequence], logits: Tensor) -> list[Step]:
@@ -174,12 +187,19 @@ class TokenLoop:
             self.leave(text)
 
 
-def _held(text: RunningSequence, cache: KVCache) -> int:
+def held(text: RunningSequence, cache: KVCache) -> int:
     """Positions of a text that its row holds: all but the last token's, which has not run through the model yet."""
     return cache.prompt + len(text.tokens) - 1
 
 
-def decode(engine: Engine, texts: Sequence[RunningSequence], *, rows: int, cached: bool = True) -> Iterator[Step]:
+def decode(
+    engine: Engine,
+    texts: Sequence[RunningSequence],
+    *,
+    rows: int,
+    cached: bool = True,
+    make: Callable[..., TokenLoop] = TokenLoop,
+) -> Iterator[Step]:
     """Grows all texts to their end, at most `rows` at a time, the longest prompts first.
 
     Yields the new tokens, step by step; tokens of one text come in order.
@@ -189,12 +209,13 @@ def decode(engine: Engine, texts: Sequence[RunningSequence], *, rows: int, cache
         texts: Sequences to continue.
         rows: Largest number of texts at a time.
         cached: True if keys and values are cached.
+        make: Makes the loop.
     """
     waiting = sorted((text for text in texts if not text.ended), key=lambda text: -len(text.tokens))
     if not waiting:
         return
     longest = max(text.longest for text in waiting)
-    loop = TokenLoop(engine, rows=min(rows, len(waiting)), max_length=longest, cached=cached)
+    loop = make(engine, rows=min(rows, len(waiting)), max_length=longest, cached=cached)
     while waiting or loop.free < loop.rows:
         joining, waiting = waiting[: loop.free], waiting[loop.free :]
         yield from loop.join(joining) if joining else loop.step()

@@ -6,7 +6,8 @@
 - L+2 identity
 - L+3 final norm
 - L+4 output layer, tied or with a matrix of its own; with further layers before it in a masked language model
-- L+5 .. modules that predict further tokens, in training; or of a model with two encoders all layers of the second
+- L+5 .. modules that predict further tokens, in training and as drafters; or of a model with two encoders all layers of
+  the second
 
 A LayerSpec only describes how to build its layer, so a pipeline stage builds its own layers and no others. Everything
 that can be decided once (which norm, which kernel, which initialization) is decided here.

@@ -10,7 +10,7 @@ The tokens that follow are the labels of the model's own loss, those that do not
 are shifted by k - 1 for the input and by k for the target. Where documents are kept apart, no token learns from another
 document than its own.
 
-In a pipeline the modules are on the last stage. They have no cache: generation does without them.
+In a pipeline the modules are on the last stage. In generation they may draft tokens (engine/drafter.py).
 
 Shapes: s sequence, b micro batch, h hidden, t tensor-parallel degree. With sequence parallelism hidden states are
 [s/t, b, h].

@@ -55,3 +55,25 @@ def test_what_does_not_fit_is_refused(changes: dict[str, Any], expected: str) ->
 def test_generation_does_without_them() -> None:
     keys = {**KEYS, "pipe_parallel_size": 1, "user_script": "generate.py"}
     assert resolve([], keys, Resources(1)).config.for_inference().model.mtp_num_layers is None
+    asked = resolve([], {**keys, "num_speculative_tokens": 1}, Resources(1)).config
+    assert asked.for_inference().model.mtp_num_layers is None
+    assert asked.for_inference(drafts=True).model.mtp_num_layers == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"num_speculative_tokens": 2}, "num_speculative_tokens = 2: the model has 1 modules that draft a token each"),
+        ({"num_speculative_tokens": -1}, "write a number from 0 to mtp_num_layers"),
+        ({"mtp_num_layers": None}, "the model has 0 modules that draft"),
+        ({"pipe_parallel_size": 2}, "pipe_parallel_size = 2: num_speculative_tokens = 1: the modules need"),
+        ({"recompute": True}, "recompute = True: num_speculative_tokens = 1: drafts are read with the cache"),
+        ({"attention_config": ["mamba", "global"]}, "a block of kind mamba cannot take a wrong token back"),
+    ],
+)
+def test_drafts_that_cannot_be_are_refused(changes: dict[str, Any], expected: str) -> None:
+    keys = {**KEYS, "num_speculative_tokens": 1, **changes}
+    with pytest.raises(ConfigError, match=expected):
+        resolve([], {**keys, "user_script": "generate.py"}, Resources(keys.get("pipe_parallel_size", 1)))
+    trained = {**KEYS, "num_speculative_tokens": 7}
+    assert resolve([], trained, Resources(1)).config.generation.num_speculative_tokens == 7

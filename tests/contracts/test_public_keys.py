@@ -41,6 +41,7 @@ NEW = {
     "kv_channels",
     "min_p",
     "generation_batch_size",
+    "num_speculative_tokens",
     "serve_host",
     "serve_port",
     "serve_key",

@@ -35,6 +35,12 @@ class GenerationSection(Section):
     num_samples: int = key(1, "Samples of each prompt.", unit="samples")
     recompute: bool = key(False, "Run the full context again for each token instead of caching keys and values.")
     generation_batch_size: int = key(8, "Sequences generated together.", unit="sequences")
+    num_speculative_tokens: int = key(
+        0,
+        "Tokens that the modules of mtp_num_layers draft for each pass of the model in generate.py, which chooses them "
+        "or others; texts are those without drafts. 0 drafts none.",
+        unit="tokens",
+    )
     return_logits: bool = key(False, "Write the logits of the generated tokens as well.")
     precompute_model_name: str | None = key(None, "Name in the files that text_gen_type precompute writes.")
     serve_host: str = key("127.0.0.1", "Address that the text service listens on; this machine only, when left out.")

@@ -9,9 +9,30 @@ from megatron.config.config import Config
 from megatron.config.derived.fill import trains
 from megatron.errors import ConfigIssue
 from megatron.pipe_schedule.layout import ONE_F_ONE_B
-from megatron.registry import ATTENTION_ALONE, POSITIONS, WITHOUT_ATTENTION
+from megatron.registry import ATTENTION_ALONE, MLP_ALONE, POSITIONS, WITHOUT_ATTENTION
 
 KEY = "mtp_num_layers"
+DRAFTS = "num_speculative_tokens"
+
+
+def drafts_can_be_taken_back(config: Config) -> Iterator[ConfigIssue]:
+    """There are modules that draft, on the ranks of the model, and nothing that a wrong draft has changed for good."""
+    model, count = config.model, config.generation.num_speculative_tokens
+    if count == 0 or trains(config.launch.user_script):
+        return
+    if count < 0 or count > (model.mtp_num_layers or 0):
+        what = f"the model has {model.mtp_num_layers or 0} modules that draft a token each ({KEY})"
+        yield ConfigIssue(what, key=DRAFTS, value=count, hint=f"write a number from 0 to {KEY}")
+    kinds = sorted({str(kind) for kind in model.attention_config or ()} & (WITHOUT_ATTENTION - {MLP_ALONE}))
+    reasons = {
+        "pipe_parallel_size": (config.parallelism.pipe_parallel_size > 1, "the modules need the embedding's stage"),
+        "attention_config": (bool(kinds), f"a block of kind {', '.join(kinds)} cannot take a wrong token back"),
+        "recompute": (config.generation.recompute, "drafts are read with the cache"),
+    }
+    for key, (applies, why) in reasons.items():
+        if applies:
+            hint = f"change it, or leave {DRAFTS} out"
+            yield ConfigIssue(f"{DRAFTS} = {count}: {why}", key=key, value=config.flat()[key], hint=hint)
 
 
 def modules_read_further_tokens(config: Config) -> Iterator[ConfigIssue]:

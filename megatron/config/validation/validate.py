@@ -69,6 +69,7 @@ RULES: tuple[Rule, ...] = (
     latent.latents_have_widths,
     latent.latents_fit_other_parts,
     multi_token.modules_read_further_tokens,
+    multi_token.drafts_can_be_taken_back,
     attention.sparse_options_are_known,
     attention.window_holds_a_token,
     attention.blocks_have_their_own_weights,
