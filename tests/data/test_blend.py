@@ -48,6 +48,16 @@ def test_shares_are_retained():
     assert np.abs(np.bincount(sets) - [7000, 2000, 1000]).max() <= 2
 
 
+@pytest.mark.parametrize("weights", [[0.0, 1.0], [1.0, 0.0], [0.0, 0.5, 0.5], [0.25, 0.0, 0.75], [0.0, 0.0, 1.0]])
+def test_nothing_comes_from_a_set_of_weight_zero(weights):
+    sets, numbers = blend_order(weights, 200)
+    counts = np.bincount(sets, minlength=len(weights))
+    assert [count == 0 for count in counts] == [weight == 0 for weight in weights]
+    assert np.abs(counts - 200 * np.asarray(weights)).max() < 1
+    for chosen in set(sets.tolist()):
+        np.testing.assert_array_equal(numbers[sets == chosen], np.arange(counts[chosen]))
+
+
 @pytest.mark.parametrize(
     ("weight", "samples", "drawn", "asked"), [(0.5, 1000, 500, 503), (1.0, 100, 100, 101), (0.1, 10, 3, 3)]
 )

@@ -1,7 +1,8 @@
 """Draw from several data sets by weight, in the public order.
 
 Sample i comes from the set that is furthest behind its share: the one with the largest weight * max(i, 1) - count,
-the first of them on a tie. Within a set, samples come in the set's own order.
+the first of them on a tie. Nothing comes from a set of weight 0, which would be first on a tie at sample 1. Within a
+set, samples come in the set's own order.
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ def blend_order(weights: Sequence[float], samples: int) -> tuple[np.ndarray, np.
 
     weights: share of each set [fraction], together 1; at most 65,536 sets.
     """
+    drawn = np.flatnonzero(np.asarray(weights) > 0)
+    if 0 < len(drawn) < len(weights):
+        sets, numbers = blend_order([weights[number] for number in drawn], samples)
+        return drawn.astype(numba_loops.set_dtype(len(weights)))[sets], numbers
     if numba_loops.worth_compiling(samples, COMPILED_FROM):
         return numba_loops.greedy_order(np.asarray(weights, np.float64), samples)
     return greedy_order(weights, samples)
