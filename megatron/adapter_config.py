@@ -128,7 +128,7 @@ def low_rank(block: Block | None) -> LowRank | None:
 
 def is_in_frozen_format(name: str) -> bool:
     """Returns whether a tensor, by its name in its layer, is stored in the format that `base` names."""
-    return MODULES.get(name.removesuffix(".weight")) not in (None, EXPERTS_IN, EXPERTS_OUT)
+    return name.removesuffix(".weight") in MODULES
 
 
 def soft_prompt(block: Block | None) -> SoftPrompt | None:

@@ -23,9 +23,9 @@ from megatron.distributed.rng_tracker import TensorParallelRNG
 from megatron.engine import optimizer_state
 from megatron.engine.engine import StepResult, TrainingEngine, as_tensor, loss_scale
 from megatron.engine.expert_bias import correction_biases, counting_layers, update_biases
+from megatron.engine.frozen_base import FrozenWeight
 from megatron.engine.outlier_steps import OutlierSteps
 from megatron.engine.weight_average import WeightAverage
-from megatron.kernels.frozen_linear import FrozenMatrix
 from megatron.model.kv_cache import KVCache
 from megatron.model.loss_parts import LossParts
 from megatron.model.moe.layer import MoELayer
@@ -44,7 +44,7 @@ class BaseEngine(TrainingEngine, ABC):
     """Axes of this rank."""
     parameters: dict[str, Parameter]
     """Key -> parameter of this rank, in the order of the parameter table."""
-    stored_base: dict[str, FrozenMatrix]
+    stored_base: dict[str, FrozenWeight]
     """Key -> frozen weight in few bits, which is no parameter."""
     make_cache: Callable[[int, int], KVCache]
     """(batch, max length) -> an empty cache."""

@@ -87,7 +87,7 @@ class PlainEngine(BaseEngine):
         """
         is_saved = self.topology.dp_cp.is_first
         found = {key: _gather_shard(parameter, is_saved) for key, parameter in self.parameters.items()}
-        base = expanded(self.stored_base) if is_saved else {}
+        base = expanded(self.stored_base, is_saved=is_saved)
         return {key: value for key, value in found.items() if value is not None} | base | self.biases
 
     def owned(self) -> dict[str, Parameter]:

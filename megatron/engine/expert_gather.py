@@ -7,16 +7,21 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
+from megatron.distributed.mesh import Axis
 from megatron.distributed.param_attrs import expert_axis, expert_rank_and_size
 
 
 def gather_experts(parameter: Parameter) -> Tensor:
     """Returns the tensor-parallel shard with the experts of all ranks; collective for a distributed stack."""
-    axis = expert_axis(parameter)
+    return gather_stack(parameter.detach(), expert_axis(parameter))
+
+
+def gather_stack(stack: Tensor, axis: Axis | None) -> Tensor:
+    """Returns a stack of experts with those of all ranks of the axis; the stack itself without one."""
     if axis is None or axis.size == 1:
-        return parameter.detach()
-    parts = [torch.empty_like(parameter) for _ in range(axis.size)]
-    dist.all_gather(parts, parameter.detach().contiguous(), group=axis.group)
+        return stack
+    parts = [torch.empty_like(stack) for _ in range(axis.size)]
+    dist.all_gather(parts, stack.contiguous(), group=axis.group)
     return torch.cat(parts)
 
 

@@ -125,7 +125,7 @@ class PipelinedEngine(BaseEngine):
     def weights(self) -> dict[str, Tensor]:
         """Returns key -> this rank's shards of the layers that its stage owns."""
         own = {key: gather_experts(parameter) for key, parameter in self.owned().items()}
-        return own | (expanded(self.stored_base) if self.topology.dp_cp.is_first else {}) | self.biases
+        return own | expanded(self.stored_base, is_saved=self.topology.dp_cp.is_first) | self.biases
 
     def _step(self, batches: Iterator[MicroBatch]) -> Iterator[Pair]:
         """Returns the pairs of one step on the first and last stage; the stages between need none."""

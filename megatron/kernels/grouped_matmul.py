@@ -8,12 +8,14 @@ Shapes: m rows of all groups, e groups, in and out the widths of a matrix.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from megatron.kernels.cpu_features import needs_fp32_matmul
+from megatron.kernels.frozen_linear import FrozenMatrix
 from megatron.kernels.linear import widened_linear
 
 ALIGNED = 8
@@ -51,6 +53,46 @@ def fused_grouped(rows: Tensor, matrices: Tensor, counts: Tensor) -> Tensor:
     ends = counts.cumsum(0).to(torch.int32)
     product: Tensor = F.grouped_mm(rows, matrices, offs=ends)
     return product
+
+
+def frozen_grouped(
+    product: GroupedKernel, rows: Tensor, matrix: FrozenMatrix, counts: Tensor, *, turned: bool
+) -> Tensor:
+    """The product with frozen matrices that are stored in few bits, [m, out]; autograd saves none of them.
+
+    Args:
+        product: grouped product.
+        rows: [m, in].
+        matrix: of all groups, one below the other.
+        counts: rows of each group [e].
+        turned: true if the matrices are [out, in], false for [in, out].
+    """
+    found: Tensor = _FrozenGrouped.apply(rows, counts, matrix, product, turned)
+    return found
+
+
+class _FrozenGrouped(torch.autograd.Function):
+    """The product with frozen matrices, and the gradient of its rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, counts: Tensor, matrix: FrozenMatrix, product: GroupedKernel, turned: bool
+    ) -> Tensor:
+        ctx.save_for_backward(counts)
+        ctx.matrix, ctx.product, ctx.turned = matrix, product, turned
+        return product(rows, _stacked(matrix, counts, turned=turned), counts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (counts,) = ctx.saved_tensors
+        stack = _stacked(ctx.matrix, counts, turned=not ctx.turned)
+        return ctx.product(grads[0].contiguous(), stack, counts), None, None, None, None
+
+
+def _stacked(matrix: FrozenMatrix, counts: Tensor, *, turned: bool) -> Tensor:
+    """The matrices of all groups, [e, in, out]. turned: true if they are stored as [out, in]."""
+    stack = matrix.expanded().unflatten(0, (len(counts), -1))
+    return stack.transpose(1, 2) if turned else stack
 
 
 def low_rank_grouped(

@@ -168,7 +168,10 @@ def memory_of(config: Config, table: list[TensorShape], padded_vocab_size: int, 
         strict=True,
     )
     of_stages = list(held)
-    in_few_bits = on_rank(frozen_tensors(dims, table), bounds, axes.model_parallel_size, tied=False)
+    in_few_bits = [
+        on_rank(part, bounds, axes.model_parallel_size, tied=False)
+        for part in split_experts(frozen_tensors(dims, table))
+    ]
     for rank, flying in enumerate(in_flight(layout, training.gradient_accumulation_steps or 1)):
         stages = layout.stages_of(rank)
         counts = [sum(of_stages[stage][kind] for stage in stages) for kind in range(4)]
@@ -187,8 +190,9 @@ def memory_of(config: Config, table: list[TensorShape], padded_vocab_size: int, 
         ]
         saved = sum(under_way for under_way, _ in held_by) + max(more for _, more in held_by)
         changed = (counts[2], counts[3]) if dims.frozen else None
-        few = sum(in_few_bits[stage] for stage in stages)
-        parameters, gradients, optimizer = state_memory(counts[0] - few, stored, counts[1], changed)
+        few, of_experts = (sum(part[stage] for stage in stages) for part in in_few_bits)
+        parameters, gradients, optimizer = state_memory(counts[0] - few, stored, counts[1] - of_experts, changed)
+        few += of_experts // stored.expert_parallel_size
         candidates.append(Memory(parameters + frozen_bytes(dims, few), gradients, optimizer, saved))
     return max(candidates, key=lambda memory: memory.total)
 

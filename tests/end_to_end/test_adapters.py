@@ -57,6 +57,13 @@ CASES: dict[str, Keys] = {
     },
     "updates of experts, gated": {**EXPERTS, "activation": "swiglu", "mlp_multiple_of": 8},
     "updates of 4 bits": {"lora": {**UPDATES["lora"], "base": "nf4"}, "hidden_size": 128},
+    "updates of experts of 8 bits": {
+        **EXPERTS,
+        "lora": {**EXPERTS["lora"], "base": "int8"},
+        "hidden_size": 128,
+        "activation": "swiglu",
+        "mlp_multiple_of": 128,
+    },
     "updates and the one matrix of both": BOTH,
     "updates, embedding": EMBEDDING,
     "updates, output layer": HEAD,

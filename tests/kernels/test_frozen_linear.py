@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron.kernels.frozen_linear import FrozenLinear
+from megatron.kernels.grouped_matmul import frozen_grouped, plain_grouped
 from megatron.kernels.linear import choose_linear, linear_ops
 from megatron.registry import FROZEN_BLOCK, FROZEN_FORMATS
 
@@ -63,3 +64,23 @@ def test_the_product_is_that_of_the_expanded_weight_and_saves_nothing(name: str,
         (y, *(each.grad for each in inputs)), (wide, *(each.grad for each in expected)), strict=True
     ):
         torch.testing.assert_close(found.double(), correct, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_product_of_experts_is_that_of_the_expanded_matrices(turned: bool) -> None:
+    """One of three experts has no rows; autograd saves how many each has, and no matrix."""
+    matrix, counts = FROZEN_FORMATS.load("int8")(weight(torch.float32)), torch.tensor([4, 0, 3])
+    stack = matrix.expanded().double().view(3, -1, SHAPE[1])
+    stack = stack.transpose(1, 2) if turned else stack
+    generator = torch.Generator().manual_seed(5)
+    rows, grad = (torch.randn(7, size, generator=generator) for size in stack.shape[1:])
+    given, wide = rows.clone().requires_grad_(), rows.double().requires_grad_()
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda one: saved.append(one) or one, lambda one: one):
+        found = frozen_grouped(plain_grouped, given, matrix, counts, turned=turned)
+    expected = torch.cat([part @ each for part, each in zip(wide.split(counts.tolist()), stack, strict=True)])
+    found.backward(grad)
+    expected.backward(grad.double())
+    assert [one.dtype for one in saved] == [torch.int64]
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(given.grad.double(), wide.grad, rtol=1e-5, atol=1e-5)

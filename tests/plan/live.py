@@ -84,7 +84,7 @@ class Ledger:
     def _parameters(self) -> Storages:
         held = list(self._engine.module.parameters())
         parts = [getattr(one, name, None) for one in held for name in ("ds_tensor", "ds_secondary_tensor")]
-        few = [part for matrix in self._base for part in matrix.stored()]
+        few = [part for weight in self._base for part in weight.matrix.stored()]
         return storages([*(one.data for one in held), *few]) | storages(part for part in parts if part is not None)
 
     def _optimizer(self) -> Storages:

@@ -42,6 +42,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "data 2, ZeRO 2, bfloat16": (2, {"precision": "bfloat16", "zero_optimization": {"stage": 2, **BUCKETS}}),
     "data 2, ZeRO 3": (2, {"zero_optimization": {"stage": 3, **BUCKETS, **GATHERED}}),
     "data 2, experts 2, ZeRO 1, bfloat16": (2, {"precision": "bfloat16", **EXPERTS}),
+    "data 2, experts 2 of 4 bits, ZeRO 1, bfloat16": (
+        2,
+        {"precision": "bfloat16", **EXPERTS, "lora": {"rank": 8, "base": "nf4"}},
+    ),
     "tensor 2": (2, {"model_parallel_size": 2}),
     "pipeline 2": (2, {"pipe_parallel_size": 2, "gradient_accumulation_steps": 4}),
 }

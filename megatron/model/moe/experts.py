@@ -18,7 +18,8 @@ from megatron.distributed.expert_all_to_all import all_to_all_counts, all_to_all
 from megatron.distributed.mesh import Axis
 from megatron.distributed.param_init import ParamFactory, zeros
 from megatron.distributed.tensor_parallel.lora import init_lora_a
-from megatron.kernels.grouped_matmul import low_rank_grouped
+from megatron.kernels.frozen_linear import FrozenMatrix
+from megatron.kernels.grouped_matmul import frozen_grouped, low_rank_grouped
 from megatron.model.block_spec import BlockSpec
 from megatron.model.moe.dispatch import Dispatch
 
@@ -60,7 +61,8 @@ class ExpertParallelMLP(nn.Module):
 
 
 class ExpertStack(nn.Module):
-    """The matrices of this rank's experts: w1 (and w3, the plain half of a gated activation) and w2, [e w/t, h].
+    """The matrices of this rank's experts: w1 (and w3, the plain half of a gated activation) and w2, [e w/t, h], which
+    are no parameters where they are frozen in few bits.
 
     With biases each has a vector, [e w/t] or for w2 [e h]; of the latter every tensor-parallel rank adds the same part
     to its term of the sum.
@@ -107,14 +109,21 @@ class ExpertStack(nn.Module):
         """Rows [m, h] in order of experts, and the rows of each [e] -> this rank's term of the sum [m, h]."""
         expert = self._expert_of(counts, len(rows)) if self.b2 is not None else None  # [m]
         changes = self._changes(rows, (self.lora_A1, self.lora_B1, self.lora_B3), counts, turned=True)
-        inner = _sum(self.product(rows, self._stack(self.w1).transpose(1, 2), counts), changes[:1])  # [m, w/t]
+        inner = _sum(self._times(rows, self.w1, counts, turned=True), changes[:1])  # [m, w/t]
         inner = self._biased(inner, self.b1, expert)
         if self.w3 is not None:
-            plain = _sum(self.product(rows, self._stack(self.w3).transpose(1, 2), counts), changes[1:])
+            plain = _sum(self._times(rows, self.w3, counts, turned=True), changes[1:])
             inner = torch.cat((self._biased(plain, self.b3, expert), inner), dim=-1)  # [m, 2w/t]
         active = self.activation(inner)
         changes = self._changes(active, (self.lora_A2, self.lora_B2), counts, turned=False)
-        return self._biased(_sum(self.product(active, self._stack(self.w2), counts), changes), self.b2, expert)
+        return self._biased(_sum(self._times(active, self.w2, counts, turned=False), changes), self.b2, expert)
+
+    def _times(self, rows: Tensor, weight: Tensor | FrozenMatrix, counts: Tensor, *, turned: bool) -> Tensor:
+        """Returns the products of rows in order of experts with their matrices; turned: these are [out, in]."""
+        if not isinstance(weight, Tensor):
+            return frozen_grouped(self.product, rows, weight, counts, turned=turned)
+        stack = self._stack(weight)
+        return self.product(rows, stack.transpose(1, 2) if turned else stack, counts)
 
     def _changes(
         self, rows: Tensor, factors: tuple[Tensor | None, ...], counts: Tensor, *, turned: bool
