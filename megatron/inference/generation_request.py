@@ -93,6 +93,7 @@ class GenerationRequest:
         text_index: Number of the text in the run, which selects its random numbers.
         stream: Called with each new part of the text as soon as it is complete.
         on_token: Called with each new token of the answer and its scores [v].
+        on_end: The same with the token that ends it, which is none of its tokens.
     """
 
     def __init__(
@@ -105,11 +106,12 @@ class GenerationRequest:
         text_index: int = 0,
         stream: Callable[[str], None] | None = None,
         on_token: Callable[[int, Tensor], None] | None = None,
+        on_end: Callable[[int, Tensor], None] | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._settings = settings
         self._context = context
-        self._on_token = on_token
+        self._on_token, self._on_end = on_token, on_end
         self._pieces = Detokenizer(
             tokenizer, settings.stop, stream, () if settings.alone or reads_sources(tokenizer) else prompt
         )
@@ -148,6 +150,8 @@ class GenerationRequest:
             return False
         if step.token in self._ends:
             self.finished = True
+            if self._on_end is not None:
+                self._on_end(step.token, step.logits)
             return False
         self.new_tokens.append(step.token)
         if self._logits is not None:

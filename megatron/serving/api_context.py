@@ -48,6 +48,8 @@ class GenerationOptions:
     """With their log-probabilities, and those of so many others."""
     scored: bool = False
     """Whether those of the prompts' tokens are wanted as well."""
+    ends: bool = False
+    """Whether the tokens that end answers are wanted behind theirs."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,13 @@ class ApiContext:
             )
             for at, each in enumerate(texts)
         ]
-        keep = Keep(self.vocabulary or known_ids(self.tokenizer), options.tokens, options.likeliest, options.scored)
+        keep = Keep(
+            self.vocabulary or known_ids(self.tokenizer),
+            options.tokens,
+            options.likeliest,
+            options.scored,
+            options.ends,
+        )
         try:
             started = start(self.service, self.words, texts, settings, keep)
         except QueueFull:

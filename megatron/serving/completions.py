@@ -47,6 +47,7 @@ def add_completions(app: FastAPI, desk: ApiContext) -> None:
             body.n or 1,
             likeliest=body.logprobs,
             scored=scored,
+            ends=body.logprobs is not None,
         )
         texts = desk.begin(encoded, options)
         echoes = None

@@ -16,7 +16,11 @@ LEAST = -9999.0
 
 
 def completion_logprobs(words: Words, tokens: Sequence[TokenScore]) -> dict[str, Any]:
-    """Of a completion: one entry a token in each list; null where a token has no log-probability."""
+    """Of a completion: one entry a token in each list; null where a token has no log-probability.
+
+    The token that ended it is the last, although it leaves no text, as vLLM and OpenAI have it: lm-eval leaves the last
+    one out as what it did not ask for.
+    """
     return {
         "tokens": [words.text(each.token) for each in tokens],
         "token_logprobs": [_finite(each.log_probability) for each in tokens],

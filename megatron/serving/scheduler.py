@@ -57,6 +57,8 @@ class Callbacks:
     prompt: Callable[[Tensor], None] = lambda scores: None
     """The scores [tokens - 1, v] of the prompt's tokens but the first, before anything else, where they were asked for.
     """
+    end: Callable[[int, Tensor], None] = lambda token, scores: None
+    """The token that ends the answer, which is none of it, and its scores [v]."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,7 @@ class ModelWorker:
             ask.context,
             stream=callbacks.piece if callbacks else None,
             on_token=callbacks.token if callbacks else None,
+            on_end=callbacks.end if callbacks else None,
         )
         return answer
 

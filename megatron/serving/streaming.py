@@ -30,6 +30,8 @@ class Keep:
     """Their log-probabilities, and those of so many others there."""
     prompt: bool = False
     """The same of the prompts' tokens."""
+    ends: bool = False
+    """The tokens that end answers, behind theirs."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,11 @@ class Growing:
             log_probabilities = logits[: self._keep.vocabulary].float().log_softmax(-1)
             found = _scored([found], log_probabilities[None], self._keep.likeliest)[0]
         self._held.append(found)
+
+    def end(self, number: int, logits: Tensor) -> None:
+        """The token that ends the text, and is none of it. logits [v]."""
+        if self._keep.ends:
+            self.token(number, logits)
 
     def piece(self, text: str) -> None:
         """A piece of the text, which no later token changes."""
@@ -205,7 +212,7 @@ def start(
             log_probabilities = scores[:, : keep.vocabulary].float().log_softmax(-1)
             scored[index] += _scored(plain, log_probabilities, keep.likeliest or 0)
 
-        return Callbacks(piece=growing.piece, token=growing.token, done=growing.done, prompt=prompt)
+        return Callbacks(growing.piece, growing.token, growing.done, prompt, growing.end)
 
     requests = [
         (tuple(tokens), each, "", listener(index))

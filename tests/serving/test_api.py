@@ -108,6 +108,20 @@ def test_the_openai_client_completes_and_streams_the_same(client):
     assert [model.id for model in client.models.list()] == ["small"]
 
 
+def test_the_token_that_ends_an_answer_has_a_log_probability(client):
+    """It is none of the answer's text; lm-eval leaves out one token behind what it scores, whichever that is."""
+    ends = {"logit_bias": {"0": 100}, "logprobs": 1, "temperature": 0}
+    found = client.completions.create(model="small", prompt="hello", max_tokens=1, echo=True, **ends).choices[0]
+    assert (found.text, found.finish_reason) == ("hello", "stop")
+    assert len(found.logprobs.tokens) == 6 and found.logprobs.tokens[-1] == "a"
+    assert found.logprobs.text_offset == [0, 1, 2, 3, 4, 5]
+    assert found.logprobs.token_logprobs[-1] < 0 and len(found.logprobs.top_logprobs[-1]) == 2
+    parts = client.completions.create(model="small", prompt="hello", max_tokens=4, stream=True, **ends)
+    assert [token for part in parts for token in part.choices[0].logprobs.tokens] == ["a"]
+    said = client.completions.create(model="small", prompt="hello", max_tokens=4, **{**ends, "logprobs": None})
+    assert (said.choices[0].text, said.choices[0].logprobs) == ("", None)
+
+
 def test_several_prompts_and_copies_keep_their_order(client):
     found = client.completions.create(model="small", prompt=["a", "bcd"], n=2, max_tokens=6, temperature=0)
     texts = [choice.text for choice in found.choices]

@@ -27,10 +27,10 @@ def blend_order(weights: Sequence[float], samples: int) -> tuple[np.ndarray, np.
 
     weights: share of each set [fraction], together 1; at most 65,536 sets.
     """
-    drawn = np.flatnonzero(np.asarray(weights) > 0)
+    drawn = [number for number, weight in enumerate(weights) if weight > 0]
     if 0 < len(drawn) < len(weights):
         sets, numbers = blend_order([weights[number] for number in drawn], samples)
-        return drawn.astype(numba_loops.set_dtype(len(weights)))[sets], numbers
+        return np.array(drawn, numba_loops.set_dtype(len(weights)))[sets], numbers
     if numba_loops.worth_compiling(samples, COMPILED_FROM):
         return numba_loops.greedy_order(np.asarray(weights, np.float64), samples)
     return greedy_order(weights, samples)
