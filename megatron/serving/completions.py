@@ -42,7 +42,7 @@ def add_completions(app: FastAPI, desk: ApiContext) -> None:
         options = GenerationOptions(
             body.sampling(desk.sampling),
             body.new(desk.maximum_tokens),
-            body.stops(desk.stops),
+            body.stops(() if scored else desk.stops),
             body.seed,
             body.n or 1,
             likeliest=body.logprobs,

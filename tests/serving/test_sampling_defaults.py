@@ -53,7 +53,13 @@ def test_the_service_generates_with_the_settings_of_the_model():
             asked = ({}, {"temperature": 0}, {"top_p": 0}, {"stop": ["\0"]})
             return [ask(**each).choices[0].text for each in asked]
 
+    def listed(**more):
+        with running(engine=engine, **more) as found, openai.OpenAI(base_url=f"{found.url}/v1", api_key="-") as client:
+            scored = {"echo": True, "logprobs": 1, "max_tokens": 1, "temperature": 0}
+            return client.completions.create(model="small", prompt="hello", **scored).choices[0].logprobs.tokens
+
     drawn, likeliest, narrow, _ = texts()
+    assert listed(stops=(likeliest[0],)) == listed() and len(listed()) == 6, "scores do not depend on stop texts"
     assert drawn != likeliest == narrow
     end = likeliest[4:6]
     own, *_, unstopped = texts(sampling=Sampling(temperature=0.9, top_k=1), stops=(end,))
