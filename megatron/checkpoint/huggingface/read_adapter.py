@@ -83,9 +83,10 @@ def read_adapter(path: Path, folder: Folder, dims: ModelDims) -> PeftAdapter:
         folder: The model.
         dims: Its sizes, without adapters.
     """
-    if dims.towers:
-        what = "an adapter of an encoder of questions or passages cannot be taken over"
-        raise ConfigError.of(what, location=str(path), hint="merge it into the encoder with peft")
+    if dims.towers or folder.settings().get("train_impl"):
+        kind = "encoder of questions or passages" if dims.towers else "encoder, or an encoder and decoder,"
+        what = f"an adapter of an {kind} cannot be taken over: adapters are beside causal models here"
+        raise ConfigError.of(what, location=str(path), hint="merge it into the model with peft (merge_and_unload)")
     settings = _settings(path)
     named = {folder.family.file_name(name): values for name, values in _named(path).items()}
     table = {row.ours.removesuffix(".weight"): row for row in folder.rows_of(dims)}

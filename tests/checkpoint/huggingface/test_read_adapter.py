@@ -12,7 +12,12 @@ import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BertForSequenceClassification,
+    PreTrainedModel,
+    T5ForConditionalGeneration,
+)
 
 from megatron.checkpoint.huggingface.import_model import adopt
 from megatron.checkpoint.huggingface.model_folder import Folder
@@ -305,3 +310,12 @@ def test_updates_of_other_matrices_are_named(tmp_path: Path) -> None:
         ours(tmp_path)
     with pytest.raises(ConfigError, match=r"it holds no adapter_config\.json with adapter_model\.safetensors"):
         adopt(Folder.open(tmp_path / "theirs"), tmp_path / "fresh", adapter=tmp_path / "theirs")
+
+
+@pytest.mark.parametrize("model", [BertForSequenceClassification, T5ForConditionalGeneration])
+def test_adapters_of_encoders_are_refused(model: type[PreTrainedModel], tmp_path: Path) -> None:
+    sizes = {"vocab_size": VOCABULARY, "num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16}
+    own = {"d_model": 16, "num_layers": 1, "num_heads": 2, "d_kv": 8, "d_ff": 32, "intermediate_size": 32}
+    model(model.config_class(**sizes, **own)).save_pretrained(tmp_path / "theirs")
+    with pytest.raises(ConfigError, match=r"an encoder, or an encoder and decoder, cannot be taken over.*with peft"):
+        adopt(Folder.open(tmp_path / "theirs"), tmp_path / "ours", adapter=tmp_path)
