@@ -21,6 +21,7 @@ from megatron.checkpoint.huggingface.export_model import PLAIN, Exported, Export
 from megatron.checkpoint.huggingface.families import family_for
 from megatron.checkpoint.huggingface.family import Settings
 from megatron.checkpoint.huggingface.fold_mup import fold_misfits
+from megatron.checkpoint.huggingface.forced_tokenizers import other_ids
 from megatron.checkpoint.huggingface.generation_config import (
     GENERATION,
     facts_of_tokenizer,
@@ -124,6 +125,9 @@ def _write_one(stored: StoredModel, output: Path, say: Say, options: FolderOptio
     )
     if options.with_tokenizer:
         save_tokenizer(tokenizer, output, stored.model.max_position_embeddings, say)
+        line = other_ids(output)
+        if line is not None:
+            say(line)
     write_generation(output, special)
     return made
 
