@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -44,8 +44,6 @@ class BaseEngine(TrainingEngine, ABC):
     """Axes of this rank."""
     parameters: dict[str, Parameter]
     """Key -> parameter of this rank, in the order of the parameter table."""
-    stored_base: dict[str, FrozenWeight]
-    """Key -> frozen weight in few bits, which is no parameter."""
     make_cache: Callable[[int, int], KVCache]
     """(batch, max length) -> an empty cache."""
     random: TensorParallelRNG
@@ -64,6 +62,8 @@ class BaseEngine(TrainingEngine, ABC):
     """Leaves out updates from losses that are outliers; None leaves none out."""
     learns: Tensor | None = None
     """Whether the last step had a token to learn, bool; None where this rank read none of its samples."""
+    stored_base: dict[str, FrozenWeight] = field(default_factory=dict)
+    """Key -> frozen weight in few bits, which is no parameter."""
     pipelined: bool = False
     """True if the model is distributed over pipeline stages."""
 
