@@ -390,8 +390,8 @@ MUTANTS = (
     Mutant(
         "the plan does not shard the optimizer's state",
         "plan/memory.py",
-        "count, share = trained, -(-trained // layout.ranks)",
-        "count, share = trained, trained",
+        "count, share = _held(*trained, layout)",
+        "count, share = trained[0], sum(trained)",
         ("plan/test_plan.py", "plan/test_live_memory.py"),
     ),
 )
