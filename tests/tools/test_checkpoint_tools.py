@@ -90,7 +90,7 @@ def test_a_look_inside(ours: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = next(line for line in said.splitlines() if line.startswith("2.mlp.linear1.weight"))
     module = files.read_tensors(ours / "global_step0" / layout.model_file(0))["module"]
     assert float(line.split()[-1]) == pytest.approx(float(module["sequential.2.mlp.linear1.weight"].norm()), rel=1e-5)
-    assert "[176, 64]" in line
+    assert "[256, 64]" in line
     weights.write_bytes(weights.read_bytes()[:-1])
     assert inspect_checkpoint.main([str(ours)]) == 1
     assert "damaged:" in capsys.readouterr().out
