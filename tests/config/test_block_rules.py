@@ -159,6 +159,7 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
         "mamba_head_dim = 48: it does not divide 2 x hidden_size = 128; change it, or",
     ),
     (1, {"mamba_head_dim": 0}, "mamba_head_dim = 0: it must be at least 1"),
+    (1, {"mamba_dt_limit": [0.1]}, "these are not a smallest and a largest step"),
     (
         2,
         {**MAMBA2, "mamba_num_groups": 1, "model_parallel_size": 2},

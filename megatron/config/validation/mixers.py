@@ -166,6 +166,7 @@ def mamba2_sizes_fit(config: Config) -> Iterator[ConfigIssue]:
         if value is not None and value < 1
     ]
     yield from small
+    yield from _limits(mixers.mamba_dt_limit)
     if small or "mamba2" not in _kinds(config):
         return
     width, groups, ranks = mixers.mamba_head_dim, mixers.mamba_num_groups, config.parallelism.model_parallel_size
@@ -185,7 +186,6 @@ def mamba2_sizes_fit(config: Config) -> Iterator[ConfigIssue]:
             value=groups,
             hint="use a number of ranks that divides the groups",
         )
-    yield from _limits(mixers.mamba_dt_limit)
 
 
 def _limits(limits: tuple[object, ...] | None) -> Iterator[ConfigIssue]:
