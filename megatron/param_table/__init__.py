@@ -3,6 +3,7 @@
 from megatron.param_table.adapters import (
     DOWN,
     EXPERT_FACTORS,
+    EXPERT_STACKS,
     MAGNITUDE,
     NAMED_KINDS,
     PROMPT,
@@ -31,6 +32,7 @@ from megatron.param_table.widths import (
 __all__ = [
     "DOWN",
     "EXPERT_FACTORS",
+    "EXPERT_STACKS",
     "FIRST_BLOCK",
     "MAGNITUDE",
     "NAMED_KINDS",

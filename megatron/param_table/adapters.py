@@ -18,7 +18,7 @@ EXPERT_FACTORS = {
 """Stack of experts -> the stacks whose product, expert by expert, times the scale is its update."""
 PROMPT = "soft_prompt.weight"
 """The soft prompt, in layer 0."""
-EXPERTS = "mlp.experts.mlp."
+EXPERT_STACKS = "mlp.experts.mlp."
 """What the names of a block's experts begin with."""
 ADDED = ("adapter", "expert_adapter", "prompt")
 """Kinds of tensors that are added to a frozen model."""
@@ -50,7 +50,7 @@ def _expert_factors(table: Sequence[TensorShape], adapter: LowRank) -> list[Tens
 
     They are stacked as the matrices are: A1, B1 and B3 [out, in] of each expert, A2 and B2 [in, out].
     """
-    stacks = {shape.name.removeprefix(EXPERTS): shape for shape in table if shape.kind == "expert"}
+    stacks = {shape.name.removeprefix(EXPERT_STACKS): shape for shape in table if shape.kind == "expert"}
     if not stacks or not adapter.of_experts:
         return []
     layer, sections, (rows, hidden) = stacks["w1"].layer, stacks["w1"].sections, stacks["w1"].shape
@@ -58,10 +58,10 @@ def _expert_factors(table: Sequence[TensorShape], adapter: LowRank) -> list[Tens
 
     def replicated(name: str, inputs: int) -> TensorShape:
         parts = (rank,) * len(sections)
-        return TensorShape(layer, f"{EXPERTS}{name}", (inner, hidden), None, "expert_adapter", parts, inputs)
+        return TensorShape(layer, f"{EXPERT_STACKS}{name}", (inner, hidden), None, "expert_adapter", parts, inputs)
 
     def sharded(name: str, inputs: int) -> TensorShape:
-        return TensorShape(layer, f"{EXPERTS}{name}", (rows, rank), 0, "expert_adapter", sections, inputs)
+        return TensorShape(layer, f"{EXPERT_STACKS}{name}", (rows, rank), 0, "expert_adapter", sections, inputs)
 
     found = []
     if EXPERTS_IN in adapter.targets:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from megatron.param_table.adapters import with_lora
+from megatron.param_table.adapters import EXPERT_STACKS, with_lora
 from megatron.param_table.dims import LatentDims, ModelDims
 from megatron.param_table.mixers import gated_delta_net, gmlp_block, mamba2_block, mamba_block, rwkv_block
 from megatron.param_table.parts import FIRST_BLOCK, SHARED, column, norm, positions, replicated, row
@@ -179,11 +179,11 @@ def experts(dims: ModelDims, layer: int) -> list[TensorShape]:
     for name in ("w1", "w3", "w2") if dims.gated else ("w1", "w2"):
         shape = (count * width, hidden)
         inputs = 0 if name == "w2" else 1
-        table.append(TensorShape(layer, f"mlp.experts.mlp.{name}", shape, 0, "expert", (width,) * count, inputs))
+        table.append(TensorShape(layer, f"{EXPERT_STACKS}{name}", shape, 0, "expert", (width,) * count, inputs))
         if mixture.bias:
             features, cut = (hidden, None) if name == "w2" else (width, 0)
             of_all, sections = (count * features,), () if cut is None else (width,) * count
-            table.append(TensorShape(layer, f"mlp.experts.mlp.b{name[1]}", of_all, cut, "expert_bias", sections))
+            table.append(TensorShape(layer, f"{EXPERT_STACKS}b{name[1]}", of_all, cut, "expert_bias", sections))
     return table
 
 

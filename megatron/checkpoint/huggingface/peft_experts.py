@@ -25,9 +25,8 @@ from megatron.checkpoint.huggingface.peft_settings import CONFIG, PeftSettings
 from megatron.checkpoint.huggingface.safetensors_format import Promise
 from megatron.checkpoint.load.stored_model import StoredModel
 from megatron.errors import ConfigError, RunError
-from megatron.param_table import ModelDims
+from megatron.param_table import EXPERT_STACKS, ModelDims
 
-_STACK = "mlp.experts.mlp."
 _OLD, _NEW = ".block_sparse_moe.", ".mlp."
 """What files of a Mixtral, and its modules before release 5, call the experts' module, and what it is from then on."""
 
@@ -81,7 +80,7 @@ def fused_matrices(family: ModelFamily, dims: ModelDims) -> list[FusedMatrix]:
     found = []
     for ours, theirs in rows.items():
         begin = ours.removesuffix("w1")
-        if not ours.endswith(f"{_STACK}w1"):
+        if not ours.endswith(f"{EXPERT_STACKS}w1"):
             continue
         gated, fused = f"{begin}w3" in rows, ".experts.0." not in theirs
         position = theirs.rpartition(".")[0] if fused else f"{theirs.partition('.experts.0.')[0]}.experts"

@@ -27,7 +27,7 @@ from megatron.config.schema.moe import MoeSection
 from megatron.config.validation import experts as rules
 from megatron.distributed.param_init import parameter_seed
 from megatron.errors import ConfigError, ConfigIssue, RunError
-from megatron.param_table import ModelDims, TensorShape, tensors
+from megatron.param_table import EXPERT_STACKS, ModelDims, TensorShape, tensors
 
 RULES = (
     rules.tokens_choose_among_experts,
@@ -39,7 +39,7 @@ RULES = (
 )
 USUAL = {"moe_router_type": "topk", "moe_normalize_top_k": True}
 """Keys of the result unless they are given."""
-_STACK, _SHARED = "mlp.experts.mlp.", "mlp.shared_experts."
+_SHARED = "mlp.shared_experts."
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class UpcycledModel(StoredModel):
             return self.source.full_tensor(known, precise=precise)
         if shape.kind == "buffer":
             return torch.zeros(shape.shape)
-        if shape.name.startswith(_STACK):
+        if shape.name.startswith(EXPERT_STACKS):
             return self._experts(shape, precise)
         dtype = self.source.full_tensor(self.source.table[0]).dtype
         if shape.name in (f"{_SHARED}linear2.weight", f"{_SHARED}gate.weight"):
@@ -70,7 +70,7 @@ class UpcycledModel(StoredModel):
 
     def _experts(self, shape: TensorShape, precise: bool) -> Tensor:
         """The same rows for every expert. w1, b1 feed the activation; w3, b3 are the plain half of a gated one."""
-        part = shape.name.removeprefix(_STACK)
+        part = shape.name.removeprefix(EXPERT_STACKS)
         second, kind = part.endswith("2"), "weight" if part.startswith("w") else "bias"
         known = self._stored(shape.layer, f"mlp.linear{2 if second else 1}.{kind}")
         assert known is not None, "the rules let only blocks with an MLP get experts"
