@@ -85,7 +85,8 @@ def export_adapter(
         )
     saved = SavedModules.of(stored, tokens, base_model)
     changed = next(shape for shape in stored.table if is_adapter_tensor(shape))
-    dtype = PRECISIONS.get(precision) or stored.full_tensor(changed).dtype
+    asked = PRECISIONS.get(precision)
+    dtype = asked or stored.full_tensor(changed).dtype
     if updates is not None:
         experts = fused_matrices(family, dims)
         promises = list(_factors(stored, family, dims, dtype))
@@ -94,7 +95,7 @@ def export_adapter(
             settings["target_parameters"] = target_parameters(experts, updates)
             promises += expert_promises(stored, experts, updates, dtype)
         settings |= saved.settings(family, dims)
-        promises += saved.promises(family, dims, PRECISIONS.get(precision) or stored.full_tensor(stored.table[0]).dtype)
+        promises += saved.promises(family, dims, asked)
     else:
         promises = [_prompt(stored, dtype)]
         settings = _prompt_tuning(dims, promises[0].shape[0])

@@ -68,15 +68,18 @@ class SavedModules:
         """Whether the base has to be given rows first, as far as that is known."""
         return bool(self.names) and (self.base_rows is None or self.rows > self.base_rows)
 
-    def promises(self, family: ModelFamily, dims: ModelDims, dtype: torch.dtype) -> Iterator[Promise]:
+    def promises(self, family: ModelFamily, dims: ModelDims, dtype: torch.dtype | None) -> Iterator[Promise]:
         """Their tensors, under every name by which a release of transformers knows them.
 
         Args:
             family: The family of the model.
             dims: Sizes of the model.
-            dtype: Type of the tensors.
+            dtype: Type of the tensors; None for that of the stored embedding.
         """
+        if not self.names:
+            return
         matrices = {NAMED_KINDS[shape.kind]: shape for shape in self.stored.table if shape.kind in NAMED_KINDS}
+        dtype = dtype or self.stored.full_tensor(matrices[EMBEDDING]).dtype
         for name, theirs in self._theirs(family, dims):
             shape = matrices.get(name, matrices[EMBEDDING])
             size = (self.rows, *shape.shape[1:])
