@@ -94,7 +94,7 @@ class DraftingLoop(TokenLoop):
     def leave(self, text: RunningSequence) -> None:
         """Drops a text; its row is free at once."""
         super().leave(text)
-        del self._scored[id(text)]
+        self._scored.pop(id(text), None)  # a text whose prompt failed has none
 
     def _choose(self, texts: Sequence[RunningSequence], logits: Tensor) -> list[Step]:
         steps = super()._choose(texts, logits)
@@ -112,7 +112,9 @@ class DraftingLoop(TokenLoop):
         return [*super()._caches(), *self._own]
 
     def _stored(self, text: RunningSequence, cache: KVCache) -> int:
-        one = self._scored[id(text)]
+        one = self._scored.get(id(text))
+        if one is None:
+            return 0  # its prompt failed
         return one.start + (len(one.hidden) if cache is self._cache else 0)
 
     def _read(self, texts: Sequence[RunningSequence], tokens: Tensor, cache: KVCache | None, last: Tensor) -> Tensor:

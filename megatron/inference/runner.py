@@ -65,9 +65,9 @@ def generate(config: Config, wrap: Callable[[Config, Engine, Tokenizer], Engine]
     contexts = _contexts(config, mode)
 
     def work(engine: Engine, tokenizer: Tokenizer, topology: Topology) -> None:
-        drafter = engine.drafter if isinstance(engine, InferenceEngine) else None
+        drafter = drafter_of(engine)
         engine = engine if wrap is None else wrap(config, engine, tokenizer)
-        generator = TextGenerator(engine, tokenizer, _settings(config), _loop(config, drafter, tokenizer))
+        generator = TextGenerator(engine, tokenizer, _settings(config), loop_maker(config, drafter, tokenizer))
         is_main_rank = topology.rank == 0
         if mode == batch_modes.INTERACTIVE:
             run_interactive(
@@ -89,8 +89,13 @@ def generate(config: Config, wrap: Callable[[Config, Engine, Tokenizer], Engine]
     with_loaded_model(config, work)
 
 
-def _loop(config: Config, drafter: Drafter | None, tokenizer: Tokenizer) -> Callable[..., TokenLoop]:
-    """What makes the token loop, with drafts where the modules for them are built."""
+def drafter_of(engine: Engine) -> Drafter | None:
+    """Returns the model with its modules that draft tokens, where these are built."""
+    return engine.drafter if isinstance(engine, InferenceEngine) else None
+
+
+def loop_maker(config: Config, drafter: Drafter | None, tokenizer: Tokenizer) -> Callable[..., TokenLoop]:
+    """Returns what makes the token loop, with drafts where there is a drafter."""
     if drafter is None:
         return TokenLoop
     tokens = config.generation.num_speculative_tokens

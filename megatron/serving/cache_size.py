@@ -27,6 +27,8 @@ class CacheSize:
     """Pipeline-parallel degree."""
     model_size: int = 1
     """Tensor-parallel degree."""
+    modules: int = 0
+    """Modules that draft tokens, each with a cache of its own."""
 
     @property
     def row_bytes(self) -> int:
@@ -34,7 +36,8 @@ class CacheSize:
         dims = self.dims
         of_all = sum(dims.kind(block) not in WITHOUT_ATTENTION for block in range(dims.num_layers))
         attending = min(of_all, -(-dims.num_layers // self.pipe_size))
-        return attending * self.length * dims.cached_per_token(self.model_size) * self.width
+        positions = attending * self.length + self.modules * (self.length + self.modules + 1)  # drafts reach further
+        return positions * dims.cached_per_token(self.model_size) * self.width
 
 
 def check_cache(size: CacheSize, memory: int) -> None:

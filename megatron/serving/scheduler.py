@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from megatron.engine.drafter import DraftCounts
 from megatron.engine.engine import Engine
 from megatron.inference.generation_request import GenerationRequest, GenerationResult, Settings
 from megatron.inference.token_loop import RunningSequence, Step, TokenLoop
@@ -82,11 +83,21 @@ class ModelWorker:
         rows: Largest number of texts at a time.
         max_length: Largest number of tokens of a text.
         alone: True if this rank holds the full model.
+        make: Makes the token loop.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, *, rows: int, max_length: int, alone: bool = True) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        *,
+        rows: int,
+        max_length: int,
+        alone: bool = True,
+        make: Callable[..., TokenLoop] = TokenLoop,
+    ) -> None:
         self._tokenizer = tokenizer
-        self._loop = TokenLoop(engine, rows=rows, max_length=max_length)
+        self._loop = make(engine, rows=rows, max_length=max_length)
         self._answers: dict[int, GenerationRequest] = {}
         self._alone = alone
         self._failures = 0
@@ -238,7 +249,7 @@ class ShuttingDown(Exception):
 class Service:
     """The first rank's side: threads hand requests in with `submit`, one thread decodes with `run`.
 
-    tell: hands the orders to the other ranks of the model.
+    publish: hands the orders to the other ranks of the model.
     """
 
     worker: ModelWorker
@@ -249,6 +260,8 @@ class Service:
     """Sends a step to the other ranks."""
     counts: ServiceCounts = field(default_factory=ServiceCounts)
     """Counts since the start."""
+    drafts: DraftCounts | None = None
+    """Drafted tokens since the start, where there are modules for them."""
 
     def __post_init__(self) -> None:
         self._changed = threading.Condition()

@@ -20,7 +20,14 @@ from megatron.distributed.mesh import Topology
 from megatron.distributed.process_group import device
 from megatron.engine.engine import Engine
 from megatron.errors import ConfigError, RunError
-from megatron.inference.runner import context_length, own_sampling, vocabulary, with_loaded_model
+from megatron.inference.runner import (
+    context_length,
+    drafter_of,
+    loop_maker,
+    own_sampling,
+    vocabulary,
+    with_loaded_model,
+)
 from megatron.launcher.worker import Stop
 from megatron.log import get_logger
 from megatron.metrics.memory import total_memory_bytes
@@ -39,7 +46,7 @@ def serve(config: Config, stop: Stop) -> None:
     Raises ConfigError for a missing package, an open address without a key, or more texts than the memory holds, before
     the model is loaded.
     """
-    config = config.for_inference()
+    config = config.for_inference(drafts=True)
     section = config.generation
     _check(section.serve_host, section.serve_key)
     size = CacheSize(
@@ -49,19 +56,27 @@ def serve(config: Config, stop: Stop) -> None:
         width=4 if config.precision.precision == "fp32" else 2,
         pipe_size=config.parallelism.pipe_parallel_size or 1,
         model_size=config.parallelism.model_parallel_size,
+        modules=config.model.mtp_num_layers or 0,
     )
     check_cache(size, total_memory_bytes(device()))
 
     def work(engine: Engine, tokenizer: Tokenizer, topology: Topology) -> None:
         stop.listen()  # the launcher signals every rank; rank 0 ends the service
         alone = topology.world_size == 1
+        drafter = drafter_of(engine)
         worker = ModelWorker(
-            engine, tokenizer, rows=section.generation_batch_size, max_length=context_length(config), alone=alone
+            engine,
+            tokenizer,
+            rows=section.generation_batch_size,
+            max_length=context_length(config),
+            alone=alone,
+            make=loop_maker(config, drafter, tokenizer),
         )
         if topology.rank != 0:
             run_follower(worker, _hear)
             return
-        service = Service(worker, section.serve_max_waiting, publish=_publish)
+        counts = None if drafter is None else drafter.counts
+        service = Service(worker, section.serve_max_waiting, publish=_publish, drafts=counts)
         _answer_http(config, service, tokenizer, stop)
 
     with_loaded_model(config, work)

@@ -43,6 +43,12 @@ def exposition(service: Service) -> str:
         ("neox_requests_running", "gauge", "Texts that grow now.", service.worker.running),
         ("neox_requests_waiting", "gauge", "Texts that wait.", service.waiting),
     ]
+    if service.drafts is not None:
+        drafts = service.drafts
+        rows += [
+            ("neox_drafted_tokens_total", "counter", "Tokens that the modules drafted.", drafts.proposed),
+            ("neox_chosen_drafts_total", "counter", "Drafted tokens that the model chose too.", drafts.accepted),
+        ]
     return "".join(
         f"# HELP {name} {help_text}\n# TYPE {name} {kind}\n{name} {value}\n" for name, kind, help_text, value in rows
     )

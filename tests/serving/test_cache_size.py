@@ -34,6 +34,7 @@ def size(**more: Any) -> CacheSize:
         ({}, 2 * 16 * 8 * 64 * 131_072 * 2),  # keys and values, blocks, heads, width, tokens, bytes
         ({"width": 4}, 2 * 16 * 8 * 64 * 131_072 * 4),
         ({"model_size": 2, "pipe_size": 2}, 2 * 8 * 4 * 64 * 131_072 * 2),
+        ({"modules": 2}, 2 * 8 * 64 * (16 * 131_072 + 2 * 131_075) * 2),  # drafts reach three tokens further
     ],
 )
 def test_bytes_of_a_text(more: dict[str, Any], expected: int) -> None:

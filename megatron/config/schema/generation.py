@@ -37,8 +37,8 @@ class GenerationSection(Section):
     generation_batch_size: int = key(8, "Sequences generated together.", unit="sequences")
     num_speculative_tokens: int = key(
         0,
-        "Tokens that the modules of mtp_num_layers draft for each pass of the model in generate.py, which chooses them "
-        "or others; texts are those without drafts. 0 drafts none.",
+        "Tokens that the modules of mtp_num_layers draft for each pass of the model in generate.py and the text "
+        "service, which chooses them or others; texts are those without drafts. 0 drafts none.",
         unit="tokens",
     )
     return_logits: bool = key(False, "Write the logits of the generated tokens as well.")
