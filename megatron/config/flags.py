@@ -1,24 +1,28 @@
 """Every key as a flag: `--train-iters 100`, `--train_iters=100`.
 
 A value is read as YAML, so `--optimizer '{type: Adam, params: {lr: 1e-4}}'` works; the value of a text key is taken
-verbatim. A boolean key needs no value. A list key takes every value up to the next flag.
+verbatim. A boolean key needs no value. A list key takes every value up to the next flag; texts of a list are taken
+verbatim too, but for one value alone that is a list itself.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
-from typing import Any
+from typing import Any, get_origin
 
 from megatron.config.config import FIELDS, FieldInfo
-from megatron.config.type_names import allows_type, type_name, union_members
+from megatron.config.type_names import allows_type, item_type, type_name, union_members
 from megatron.config.yaml_loader import COMMAND_LINE, find_file, normalize_key, read_value
 from megatron.errors import ConfigIssue
 from megatron.registry import nearest_name
 
 NUMBER = re.compile(r"^-[0-9.]")
+ANY_TEXT = frozenset({"stop", "task_labels", "comet_tags"})
+"""Keys whose texts may begin with a bracket, as [INST] does; one value that is a list has them in quotes, as JSON."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,8 @@ def flag_value(field: FieldInfo, text: str) -> Any:
     kinds = [member for member in union_members(field.annotation) if member is not type(None)]
     if kinds == [str]:
         return None if text in {"null", "~"} else text
+    if _lists_texts(field):
+        return _texts(field, [text])
     return read_value(text)
 
 
@@ -124,12 +130,42 @@ def _join_values(field: FieldInfo, taken: list[str]) -> Any:
         return True
     if not allows_type(field.annotation, tuple):
         return flag_value(field, taken[0])
+    if _lists_texts(field):
+        return _texts(field, taken)
     read = [read_value(text) for text in taken]
     if len(read) == 1 and (isinstance(read[0], list) or read[0] is None):
         return read[0]
     if allows_type(field.annotation, str) and len(read) == 1:
         return taken[0]
     return read
+
+
+def _lists_texts(field: FieldInfo) -> bool:
+    """Whether it is a list of texts and of nothing else."""
+    return any(get_origin(each) is tuple and item_type(each) is str for each in union_members(field.annotation))
+
+
+def _texts(field: FieldInfo, taken: list[str]) -> Any:
+    """The values of a key that lists texts: each as it is, or null, or one list."""
+    if len(taken) > 1:
+        return taken
+    (text,) = taken
+    if text in {"null", "~"}:
+        return None
+    if field.name in ANY_TEXT:
+        read = _json(text)
+    else:
+        read = read_value(text) if text.lstrip().startswith("[") else text
+    if isinstance(read, list):
+        return read
+    return text if allows_type(field.annotation, str) else [text]
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _unknown_flag(written: str, own: set[str]) -> ConfigIssue:

@@ -1,5 +1,7 @@
 """Every key is a flag."""
 
+import pytest
+
 from megatron.config.flags import read_flags
 
 
@@ -30,6 +32,31 @@ def test_lists_take_every_value() -> None:
     }
     assert read_flags(["--extra_save_iters", "1", "2"]).values == {"extra_save_iters": [1, 2]}
     assert read_flags(["--extra_save_iters", "[1, 2]"]).values == {"extra_save_iters": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--stop", "###"], ["###"]),
+        (["--stop", "### Instruction:", "\n\n"], ["### Instruction:", "\n\n"]),
+        (["--stop", "\nUser", " END", "Answer #", "User:"], ["\nUser", " END", "Answer #", "User:"]),
+        (["--stop=User:"], ["User:"]),
+        (["--stop", "[/INST]"], ["[/INST]"]),
+        (["--stop", '["###", "[/INST]"]'], ["###", "[/INST]"]),
+        (["--stop", "1e5", "yes", "null"], ["1e5", "yes", "null"]),
+        (["--stop", "null"], None),
+        (["--task_labels", "no", "yes"], ["no", "yes"]),
+        (["--task_labels", "0"], ["0"]),
+        (["--comet_tags", "2024-06-01"], ["2024-06-01"]),
+        (["--train_data_paths", "007", "data/a: b"], ["007", "data/a: b"]),
+        (["--train_data_paths", "[a, b]"], ["a", "b"]),
+        (["--online_dataserver_ips", "10.0"], "10.0"),
+        (["--online_dataserver_ips", "10.0.0.1", "localhost"], ["10.0.0.1", "localhost"]),
+    ],
+)
+def test_texts_of_a_list_are_taken_as_they_are(arguments: list[str], expected: object) -> None:
+    key = arguments[0].strip("-").partition("=")[0]
+    assert read_flags([*arguments, "--seed", "3"]).values == {key: expected, "seed": 3}
 
 
 def test_text_is_taken_as_it_is() -> None:
