@@ -36,6 +36,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 CONFIG_ERROR_CODE = 2  # a ConfigError's exit code
 GRACE_SECONDS = 3.0  # from the first failure until the other workers are killed
 END_SECONDS = 5.0  # until killed workers have ended
+LONGEST_SOCKET_FOLDER = 80  # [bytes], since the address of a socket has at most 107 (unix(7))
 
 
 @dataclass
@@ -148,7 +149,7 @@ class Supervisor:
         if self._network is not None:
             listener, found = cleanup.enter_context(self._network.listener), {}
         else:
-            folder = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="neox-"))
+            folder = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="neox-", dir=_socket_folder()))
             address = os.path.join(folder, "supervisor")
             listener, found = cleanup.enter_context(socket.socket(socket.AF_UNIX)), {SOCKET_VARIABLE: address}
             listener.bind(address)
@@ -303,6 +304,12 @@ class Supervisor:
             return Outcome(shell_code(-self._stop), stopped_by=self._stop)
         lines = log.read_bytes()[start:].decode(errors="replace").splitlines()
         return Outcome(shell_code(launcher.poll() or 1), tail=tuple(lines[-40:]))
+
+
+def _socket_folder() -> str:
+    """The folder of temporary files, or /tmp where the address of a socket in the former would be too long."""
+    folder = tempfile.gettempdir()
+    return folder if len(os.fsencode(folder)) <= LONGEST_SOCKET_FOLDER else "/tmp"
 
 
 def _show_output(launcher: subprocess.Popen[bytes], cleanup: ExitStack) -> None:

@@ -36,6 +36,14 @@ def test_all_workers_done_is_zero_and_rank_0_is_live_while_the_others_are_retain
     assert [sorted(log.splitlines()) for log in logs] == [["aside 0", "said by 0"], ["aside 1", "said by 1"]]
 
 
+def test_a_long_path_of_temporary_files_is_no_obstacle(deepy: Deepy) -> None:
+    folder = deepy.folder / ("a" * 60) / ("b" * 60)
+    folder.mkdir(parents=True)
+    deepy.environment["TMPDIR"] = str(folder)
+    code, out, _ = deepy.run("print('rank', rank)")
+    assert (code, out) == (0, "rank 0\n")
+
+
 def test_a_restart_appends_to_the_logs(deepy: Deepy) -> None:
     deepy.run("print('first')")
     deepy.run("print('second')")
