@@ -167,7 +167,7 @@ def cpu_attention(
 ) -> Tensor:
     """The compiled kernel, else blocked attention, for full sequences; torch's for cached attention or dropout.
 
-    Scores with a bound or sinks take the plain formula.
+    Sinks take the plain formula.
 
     Args:
         q: Queries [b, n, s, d].
@@ -177,10 +177,11 @@ def cpu_attention(
         starts: The first key that each query may see, [b, s].
         view: Mask besides the causal one.
     """
-    if dropout == 0 and 1 < q.shape[2] == k.shape[2] and not (view and _by_formula(view)):
+    if dropout == 0 and 1 < q.shape[2] == k.shape[2]:
         if cpp_attention_unavailable(q, k, view) is None:
             return cpp_attention(q, k, v, starts, view)
-        return blocked_attention(q, k, v, starts, view)
+        if view is None or view.sinks is None:
+            return blocked_attention(q, k, v, starts, view)
     return sdpa_attention(q, k, v, dropout, starts, view)
 
 

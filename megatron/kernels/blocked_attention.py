@@ -90,15 +90,20 @@ def _distance(rows: Tensor, keys: Tensor) -> Tensor:
 
 def _weights(
     rows: Tensor, keys: Tensor, block: slice, seen: Seen, starts: Tensor | None, view: AttentionMask | None, batch: int
-) -> Tensor:
+) -> tuple[Tensor, Tensor | None]:
     """Softmax over the visible keys: rows [b * m, r, d] and fp32 keys [b * m, s, d] -> [b * m, r, seen].
 
-    Rounding scores to bf16 costs several times more precision than rounding weights, hence fp32.
+    The second result is the derivative of bounded scores by those without a bound, where there is one. Rounding scores
+    to bf16 costs several times more precision than rounding weights, hence fp32.
     """
     scores = torch.bmm(rows.to(keys.dtype) / math.sqrt(rows.shape[-1]), keys[:, seen].transpose(1, 2))
+    slopes = None
+    if view is not None and view.softcap is not None:
+        share = scores.div_(view.softcap).tanh_()
+        slopes, scores = 1 - share.square(), share.mul_(view.softcap)
     by_head = scores.unflatten(1, (-1, block.stop - block.start)).unflatten(0, (batch, -1))
     _hide(by_head, block, seen, starts, view)
-    return torch.softmax(scores, dim=-1).to(rows.dtype)
+    return torch.softmax(scores, dim=-1).to(rows.dtype), slopes
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
@@ -148,24 +153,25 @@ class _BlockedAttention(torch.autograd.Function):
         keys, values = (x.reshape(-1, length, x.shape[-1]).contiguous() for x in (k, v))  # [b * m, s, d]
         parts = [(block, _seen(block, starts, view, q.device)) for block in _blocks(length)]
         cells = sum((block.stop - block.start) * _count(seen) for block, seen in parts)
-        keep = q.shape[0] * q.shape[1] * cells * q.element_size() <= MAX_SAVED_BYTES
+        bound = None if view is None else view.softcap
+        keep = bound is None and q.shape[0] * q.shape[1] * cells * q.element_size() <= MAX_SAVED_BYTES
         out = torch.empty(q.shape, dtype=q.dtype)
         wide_keys = _to_fp32(keys)
         saved = []
         for block, seen in parts:
-            weights = _weights(_rows(q, heads, block), wide_keys, block, seen, starts, view, len(q))
+            weights, _ = _weights(_rows(q, heads, block), wide_keys, block, seen, starts, view, len(q))
             _put_rows(out, heads, block, _product(weights, values[:, seen]))
             if keep:
                 saved.append(weights)
         ctx.save_for_backward(q, keys, values, bias, starts, *saved)
-        ctx.heads, ctx.parts, ctx.pattern = heads, parts, None if view is None else view.pattern
+        ctx.heads, ctx.parts, ctx.pattern, ctx.bound = heads, parts, None if view is None else view.pattern, bound
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None, None]:
         q, keys, values, bias, starts, *saved = ctx.saved_tensors
         heads, length, batch = ctx.heads, q.shape[2], len(q)
-        view = None if ctx.pattern is None and bias is None else AttentionMask(ctx.pattern, bias)
+        view = AttentionMask(ctx.pattern, bias, softcap=ctx.bound)
         scale = 1 / math.sqrt(q.shape[-1])
         wide_keys = keys if saved else _to_fp32(keys)
         grad_q = torch.empty(q.shape, dtype=q.dtype)
@@ -173,15 +179,19 @@ class _BlockedAttention(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias) if ctx.needs_input_grad[3] else None
         for number, (block, seen) in enumerate(ctx.parts):
             rows = _rows(q, heads, block)
-            weights = saved[number] if saved else _weights(rows, wide_keys, block, seen, starts, view, batch)
+            weights, slopes = saved[number] if saved else None, None
+            if weights is None:
+                weights, slopes = _weights(rows, wide_keys, block, seen, starts, view, batch)
             grad_rows = _rows(grads[0], heads, block)
             _add_product(grad_v, seen, weights, grad_rows)
             grad_weights = _product(grad_rows, values[:, seen].transpose(1, 2))
             grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-            _put_rows(grad_q, heads, block, _product(grad_scores, keys[:, seen]).mul_(scale))
-            _add_product(grad_k, seen, grad_scores, rows)
             if grad_bias is not None:
                 _add_bias_gradient(grad_bias, grad_scores, block, seen, batch)
+            if slopes is not None:  # a bias is added behind the bound
+                grad_scores = grad_scores * slopes.to(grad_scores.dtype)
+            _put_rows(grad_q, heads, block, _product(grad_scores, keys[:, seen]).mul_(scale))
+            _add_product(grad_k, seen, grad_scores, rows)
         shape = (q.shape[0], heads, length, -1)
         return grad_q, grad_k.mul_(scale).view(shape), grad_v.view(shape), grad_bias, None, None
 
@@ -196,7 +206,7 @@ def blocked_attention(
         k: keys.
         v: values.
         starts: first key that each query may see [b, s], at most its own position and never decreasing; 0 unless set.
-        view: hides further keys and adds a bias, which gets a gradient.
+        view: bounds scores, hides further keys, and adds a bias, which gets a gradient.
     """
     bias = None if view is None else view.bias
     out: Tensor = _BlockedAttention.apply(q, k, v, bias, starts, view)

@@ -39,8 +39,6 @@ def cpp_attention_unavailable(q: Tensor, k: Tensor, view: AttentionMask | None =
         return f"The compiled attention {unreadable}."
     if q.shape[-1] % _MULTIPLE:
         return f"The compiled attention takes heads of a multiple of {_MULTIPLE} features, not {q.shape[-1]}."
-    if view is not None and view.softcap is not None:
-        return "The compiled attention has no bound of scores (softcap)."
     if view is not None and view.sinks is not None:
         return "The compiled attention has no sinks."
     if view is not None and not isinstance(view.pattern, Window | None):
@@ -60,11 +58,11 @@ def cpp_attention(
         k: Keys.
         v: Values.
         starts: First key that each query may see [b, s], at most its own position and never decreasing; 0 unless set.
-        view: A window, and a bias, which gets a gradient.
+        view: A window, a bound of the scores, and a bias, which gets a gradient.
     """
-    bias = None if view is None else view.bias
+    bias, bound = (None, None) if view is None else (view.bias, view.softcap)
     window = view.pattern.width if view is not None and isinstance(view.pattern, Window) else None
-    out: Tensor = _CppAttention.apply(q, k, v, bias, _first(q, starts, window))
+    out: Tensor = _CppAttention.apply(q, k, v, bias, _first(q, starts, window), bound)
     return out
 
 
@@ -88,47 +86,70 @@ def _empty(like: Tensor) -> Tensor:
 
 
 class _Call:
-    """The arguments that both directions share, as C takes them. earlier: all keys are before all queries."""
+    """The arguments that both directions share, as C takes them.
+
+    Args:
+        q: Queries.
+        k: Keys.
+        bias: By distance, or none.
+        first: First key of each query, or none.
+        earlier: True if all keys are before all queries.
+        bound: Of scores, or none.
+    """
 
     def __init__(
-        self, q: Tensor, k: Tensor, bias: Tensor | None, first: Tensor | None, *, earlier: bool = False
+        self,
+        q: Tensor,
+        k: Tensor,
+        bias: Tensor | None,
+        first: Tensor | None,
+        *,
+        earlier: bool = False,
+        bound: float | None = None,
     ) -> None:
         self.library = loaded_library()
         batch, heads, length, size = q.shape
         self.half = int(q.dtype == torch.bfloat16)
         keys, shift = k.shape[2], k.shape[2] if earlier else 0
         self.sizes = (ctypes.c_int64 * 7)(batch, heads, k.shape[1], length, size, keys, shift)
-        self.scale = ctypes.c_float(1 / math.sqrt(size))
+        self.scale, self.bound = ctypes.c_float(1 / math.sqrt(size)), ctypes.c_float(bound or 0.0)
         self.masks = (pointer(first), pointer(bias))
 
     def __call__(self, function: Any, tensors: Sequence[Tensor], sums: Tensor, *further: ctypes.c_void_p) -> None:
         """Calls a direction with the tensors and their strides by batch, head and position [elements]."""
         pointers = (ctypes.c_void_p * len(tensors))(*(x.data_ptr() for x in tensors))
         strides = (ctypes.c_int64 * (3 * len(tensors)))(*(stride for x in tensors for stride in x.stride()[:3]))
-        fixed = (self.half, pointers, pointer(sums), self.sizes, strides, self.scale, *self.masks)
+        fixed = (self.half, pointers, pointer(sums), self.sizes, strides, self.scale, self.bound, *self.masks)
         function(*fixed, *further, torch.get_num_threads())
 
 
 class _CppAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, first: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, first: Tensor | None, bound: float | None
+    ) -> Tensor:
         q, k, v = _rows(q), _rows(k), _rows(v)
         table = None if bias is None else bias[:, : q.shape[2]].float().contiguous()  # [n, s]
         out, sums = _empty(q), torch.empty(q.shape[:3], dtype=torch.float32)
-        call = _Call(q, k, table, first)
+        call = _Call(q, k, table, first, bound=bound)
         call(call.library.neox_attention, (q, k, v, out), sums)
         ctx.save_for_backward(q, k, v, out, sums, table, first)
+        ctx.bound = bound
         ctx.bias = None if bias is None else (bias.shape, bias.dtype)
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None, None]:
         q, k, v, out, sums, table, first = ctx.saved_tensors
         grad_q, grad_k, grad_v = _empty(q), _empty(k), _empty(v)
         by_distance = torch.zeros(q.shape[:3], dtype=torch.float32) if ctx.needs_input_grad[3] else None
-        call, tensors = _Call(q, k, table, first), (q, k, v, out, _rows(grads[0]), grad_q, grad_k, grad_v)
+        call, tensors = (
+            _Call(q, k, table, first, bound=ctx.bound),
+            (q, k, v, out, _rows(grads[0]), grad_q, grad_k, grad_v),
+        )
         call(call.library.neox_attention_backward, tensors, sums, pointer(by_distance))
-        return grad_q, grad_k, grad_v, None if by_distance is None else _of_bias(by_distance, *ctx.bias), None
+        bias = None if by_distance is None else _of_bias(by_distance, *ctx.bias)
+        return grad_q, grad_k, grad_v, bias, None, None
 
 
 def _of_bias(by_distance: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:

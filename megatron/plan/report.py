@@ -292,7 +292,8 @@ def activation_layout(config: Config) -> ActivationLayout:
         and axes.context_parallel_size == 1
         and (config.kernels.mamba_selective_scan_fusion or config.kernels.mamba_inner_func_fusion),
         loss_in_blocks=config.kernels.fused_linear_cross_entropy,
-        bounded_scores=model.attn_logit_softcapping is not None and (on_cpu or model.softmax_type != VANILLA),
+        bounded_scores=model.attn_logit_softcapping is not None
+        and (model.softmax_type != VANILLA or (on_cpu and model.attention_dropout > 0)),
         bounded_logits=model.final_logit_softcapping is not None,
         sinks=model.softmax_type != VANILLA,
         bounded_gates=ACTIVATIONS.entry(model.activation).gated

@@ -227,9 +227,7 @@ def flex_unavailable(facts: AttentionFacts) -> str | None:
 
 def blocks_unavailable(facts: AttentionFacts) -> str | None:
     """Returns the reason why the blocks of queries for CPUs cannot serve, or None."""
-    if facts.kernels.compiled:
-        return "torch.compile fuses torch's own operators"
-    return "it has no bound of scores (softcap)" if facts.softcap else None
+    return "torch.compile fuses torch's own operators" if facts.kernels.compiled else None
 
 
 def documents_unavailable(facts: AttentionFacts) -> str | None:

@@ -31,7 +31,18 @@ SHAPES = [
     (1, 4, 1, 301, 80),
     (1, 2, 1, 389, 32),
 ]
-MASKS = ["causal", "documents", "long documents", "window", "window of 1", "window of 110", "bias", "all"]
+MASKS = [
+    "causal",
+    "documents",
+    "long documents",
+    "window",
+    "window of 1",
+    "window of 110",
+    "bias",
+    "bound",
+    "all",
+    "all, bound",
+]
 
 
 def inputs(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -48,16 +59,18 @@ def masks(kind: str, shape: tuple[int, ...]) -> tuple[Tensor | None, AttentionMa
     """Document starts and the view."""
     batch, heads, _, length, _ = shape
     starts = None
-    if kind in ("documents", "long documents", "all"):
+    if kind in ("documents", "long documents", "all", "all, bound"):
         share = 0.01 if kind == "long documents" else 0.05
         borders = torch.rand(batch, length, generator=torch.Generator().manual_seed(1)) < share
         starts = torch.where(borders, torch.arange(length), 0).cummax(1).values
-    widths = {"window": 20, "window of 1": 1, "window of 110": 110, "all": 70}
+    widths = {"window": 20, "window of 1": 1, "window of 110": 110, "all": 70, "all, bound": 70}
     window = Window(widths[kind]) if kind in widths else None
     bias = None
-    if kind in ("bias", "all"):
+    if kind in ("bias", "all", "all, bound"):
         bias = torch.randn(heads, length + 5, generator=torch.Generator().manual_seed(2)).requires_grad_()
-    return starts, None if window is None and bias is None else AttentionMask(window, bias)
+    bound = 1.5 if "bound" in kind else None
+    nothing = window is None and bias is None and bound is None
+    return starts, None if nothing else AttentionMask(window, bias, softcap=bound)
 
 
 def formula(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, view: AttentionMask | None) -> Tensor:
@@ -69,6 +82,8 @@ def formula(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, view: Attent
     scores = q @ k.repeat_interleave(group, 1).transpose(2, 3) / math.sqrt(q.shape[-1])
     if view is not None and isinstance(view.pattern, Window):
         seen = seen & (keys > rows - view.pattern.width)
+    if view is not None and view.softcap is not None:
+        scores = view.softcap * torch.tanh(scores / view.softcap)
     if view is not None and view.bias is not None:
         scores = scores + view.bias[:, (rows - keys).clamp(min=0)]
     return scores.masked_fill(~seen, float("-inf")).softmax(-1) @ v.repeat_interleave(group, 1)
@@ -84,7 +99,7 @@ def results(
         parts, grad = [part.detach().double().requires_grad_() for part in parts], grad.double()
     if view is not None and view.bias is not None:
         bias = view.bias.detach().double().requires_grad_() if exact else view.bias
-        view, parts = AttentionMask(view.pattern, bias), [*parts, bias]
+        view, parts = AttentionMask(view.pattern, bias, softcap=view.softcap), [*parts, bias]
     out = function(*parts[:3], starts, view)
     return [out.detach().double(), *(found.double() for found in torch.autograd.grad(out, parts, grad))]
 
@@ -125,7 +140,7 @@ def test_other_processors_give_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(cpp_build, "library", lambda: older[build])
-    for kind in ("causal", "long documents", "all"):
+    for kind in ("causal", "long documents", "all", "all, bound"):
         agree(shape, kind, dtype)
 
 
@@ -223,6 +238,7 @@ def test_without_a_compiler_the_blocks_of_torch_remain(monkeypatch: pytest.Monke
     q = torch.zeros(2, 4, 8, 16)
     assert compiled.cpp_attention_unavailable(q, q) == "There is no C++ compiler"
     assert isinstance(library(), ctypes.CDLL)
-    expected = results(blocked_attention, SHAPES[4], "all", torch.float32)
-    for found, right in zip(results(formula, SHAPES[4], "all", torch.float32, exact=True), expected, strict=True):
-        assert (found - right).abs().max() <= 2e-5 * max(1.0, float(right.abs().max()))
+    for kind in ("all", "all, bound"):
+        expected = results(blocked_attention, SHAPES[4], kind, torch.float32)
+        for found, right in zip(results(formula, SHAPES[4], kind, torch.float32, exact=True), expected, strict=True):
+            assert (found - right).abs().max() <= 2e-5 * max(1.0, float(right.abs().max()))

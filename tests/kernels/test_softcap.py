@@ -14,6 +14,7 @@ from megatron.kernels import flash_attention as flash
 from megatron.kernels import softmax_attention as memory
 from megatron.kernels.attention import cpu_attention, masked_attention, plain_attention, sdpa_attention
 from megatron.kernels.attention_patterns import AttentionMask, Window, window_for_package
+from megatron.kernels.blocked_attention import blocked_attention
 from megatron.kernels.cpp_attention import cpp_attention_unavailable
 from megatron.kernels.flex_attention import flex_attention
 from megatron.registry.attention import ATTENTION_BACKENDS
@@ -27,7 +28,13 @@ VIEWS = {
     "window": AttentionMask(Window(5), softcap=CAP),
     "alibi": replace(alibi(), softcap=CAP),
 }
-KERNELS: dict[str, Any] = {"plain": plain_attention, "sdpa": sdpa_attention, "cpu": cpu_attention}
+
+
+def blocks(q: Tensor, k: Tensor, v: Tensor, _: float, starts: Tensor | None, view: AttentionMask) -> Tensor:
+    return blocked_attention(q, k, v, starts, view)
+
+
+KERNELS: dict[str, Any] = {"plain": plain_attention, "sdpa": sdpa_attention, "cpu": cpu_attention, "blocks": blocks}
 
 
 def formula(q: Tensor, k: Tensor, v: Tensor, view: AttentionMask) -> Tensor:
@@ -105,13 +112,13 @@ def test_every_package_gets_the_bound(version: int, documents: bool, monkeypatch
 
 def test_what_lacks_it_says_so() -> None:
     q = torch.zeros(2, 4, 8, 16)
-    assert "softcap" in (cpp_attention_unavailable(q, q, VIEWS["causal"]) or "")
+    assert cpp_attention_unavailable(q, q, VIEWS["causal"]) is None
     assert window_for_package(None, VIEWS["window"]) is None
     reasons = {entry.name: entry.unavailable(replace(HOPPER, softcap=True)) for entry in ATTENTION_BACKENDS}
     lacking = {name for name, reason in reasons.items() if "softcap" in (reason or "")}
-    assert {"torch flash", "torch varlen", "cpu blocks"} <= lacking
+    assert {"torch flash", "torch varlen"} <= lacking
     assert reasons["flash-attn 3"] is None and reasons["flash-attn 2"] is None and reasons["flex"] is None
-    assert not lacking & {"triton softmax", "flash-attn 4", "torch"}
+    assert not lacking & {"triton softmax", "flash-attn 4", "torch", "cpu blocks"}
 
 
 def test_torchs_varlen_kernel_leaves_it_to_others(monkeypatch: pytest.MonkeyPatch) -> None:

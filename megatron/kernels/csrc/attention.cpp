@@ -167,8 +167,8 @@ void forward_of(const Problem& p, const void** x, float* sums, int threads) {
 }  // namespace
 
 // x: q, k, v and out; sums: the logarithm to base 2 of each row's sum, written; strides of each by batch, head and position.
-extern "C" void neox_attention(int half, const void** x, float* sums, const int64_t* sizes, const int64_t* strides, float scale,
+extern "C" void neox_attention(int half, const void** x, float* sums, const int64_t* sizes, const int64_t* strides, float scale, float bound,
                                const int32_t* first, const float* bias, int threads) {
-    Problem p = problem(sizes, strides, scale, first, bias);
+    Problem p = problem(sizes, strides, scale, bound, first, bias);
     half ? forward_of<Pair, uint16_t>(p, x, sums, threads) : forward_of<Single, float>(p, x, sums, threads);
 }

@@ -36,7 +36,7 @@ struct Problem {
     int64_t batch, heads, groups, length, size;  // groups: key/value heads
     int64_t keys, shift;  // query i sees keys up to i + shift, of that many; bias only with shift 0
     Strided q, k, v, out;
-    float scale;
+    float scale, bound;    // of scores: bound tanh(score / bound), or 0 for none
     const int32_t* first;  // [batch, length] or null
     const float* bias;     // [heads, length] by distance, or null
     int64_t padded() const { return (keys + K - 1) / K * K; }
@@ -102,12 +102,12 @@ struct Span {
 // What a block of queries sees.
 struct Sight {
     int64_t q0, length, keys, shift;
-    float factor;  // of scores
+    float factor, bound;  // of scores
     int32_t first[Q];  // key of each query
     ByKey *bias, *bias_grad;  // or null
 
     Sight(const Problem& p, int64_t b, int64_t q0, float factor, ByKey* bias, ByKey* bias_grad = nullptr)
-        : q0(q0), length(p.length), keys(p.keys), shift(p.shift), factor(factor), bias(bias), bias_grad(bias_grad) {
+        : q0(q0), length(p.length), keys(p.keys), shift(p.shift), factor(factor), bound(p.bound), bias(bias), bias_grad(bias_grad) {
         for (int64_t i = 0; i < Q; i++) first[i] = p.first ? p.first[b * length + std::min(q0 + i, length - 1)] : 0;
     }
     int64_t key() const { return first[0] / K * K; }
@@ -133,15 +133,34 @@ struct Sight {
     }
 };
 
-// Products of a tile become scores: times the factor, unless that is in the packed queries, with bias and mask.
+// Scores within a bound, and how they change with those before, where that is asked for.
+[[gnu::noinline]] inline void bind(Floats* x, int count, float bound, float* slopes) {
+    for (int i = 0; i < count; i++) {
+        Floats share = tanh_of_powers(x[i] * (2.0f / bound));
+        x[i] = share * (bound * LOG2_E);
+        if (slopes) put(slopes + i * W, 1.0f - share * share);
+    }
+}
+
+// Products of a tile become scores: times the factor, unless that is in the packed queries, with bound, bias and mask.
 template <class P, int NV, bool PLAIN>
-ALWAYS_INLINE void score(const Sight& sight, Floats (&x)[ROWS][NV], int row, int64_t key) {
+ALWAYS_INLINE void score(const Sight& sight, Floats (&x)[ROWS][NV], int row, int64_t key, float* slopes = nullptr) {
+#pragma GCC unroll 12
+    for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; j++)
+            if (P::PER > 1) x[i][j] *= sight.factor;
+    if (sight.bound > 0) {
+        Floats copy[ROWS][NV];  // in memory, while the tile stays in registers
+        std::memcpy(copy, x, sizeof x);
+        bind(copy[0], ROWS * NV, sight.bound, slopes);
+        std::memcpy(x, copy, sizeof x);
+    }
+    if (PLAIN) return;
 #pragma GCC unroll 12
     for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 4
         for (int j = 0; j < NV; j++) {
-            if (P::PER > 1) x[i][j] *= sight.factor;
-            if (PLAIN) continue;
             if (sight.bias) x[i][j] += load<Floats>(sight.bias->of(sight.q0 + row + i, key + j * W));
             x[i][j] = sight.seen(row + i, key + j * W) ? x[i][j] : all(-INFINITY);
         }
@@ -187,8 +206,8 @@ void put_rows(const float* x, int64_t count, int64_t size, float factor, T* to, 
         for (int64_t j = 0; j < size; j += W) put(to + i * stride + j, load<Floats>(x + i * size + j) * factor);
 }
 
-inline Problem problem(const int64_t* n, const int64_t* s, float scale, const int32_t* first, const float* bias) {
-    return {n[0], n[1], n[2], n[3], n[4], n[5], n[6], {s[0], s[1], s[2]}, {s[3], s[4], s[5]}, {s[6], s[7], s[8]}, {s[9], s[10], s[11]}, scale, first, bias};
+inline Problem problem(const int64_t* n, const int64_t* s, float scale, float bound, const int32_t* first, const float* bias) {
+    return {n[0], n[1], n[2], n[3], n[4], n[5], n[6], {s[0], s[1], s[2]}, {s[3], s[4], s[5]}, {s[6], s[7], s[8]}, {s[9], s[10], s[11]}, scale, bound, first, bias};
 }
 
 }  // namespace

