@@ -7,13 +7,14 @@ import logging
 import struct
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron.config.schema.observe import ObserveSection
-from megatron.errors import ConfigError
+from megatron.errors import ConfigError, RunError
 from megatron.metrics.builder import build_reporter, select_sinks, wants_wandb
 from megatron.metrics.sinks.base import Start
 from megatron.metrics.sinks.jsonl import read_metrics
@@ -132,6 +133,24 @@ def test_records_are_stored_and_a_restart_goes_on(name: str, tmp_path: Path, mon
                 sink.write(iteration, metrics)
         sink.close()
     assert STORED[name](tmp_path) >= {"train/lm_loss", "runtime/tokens_per_sec"}
+
+
+def test_a_failed_run_is_one_for_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from wandb.proto import wandb_internal_pb2
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for name, failure in (("good", None), ("failed", RunError.of("the loss is not a number"))):
+        sink = SINKS.load("wandb").open(observed(tmp_path / name), Start(0, settings=SETTINGS))
+        with suppress(RunError):
+            try:
+                if failure is not None:
+                    raise failure
+            finally:
+                sink.close()
+        (file,) = (tmp_path / name).glob("wandb/offline-run-*/run-*.wandb")
+        records = [wandb_internal_pb2.Record.FromString(data) for data in wandb_records(file)]
+        codes = [record.exit.exit_code for record in records if record.HasField("exit")]
+        assert codes == [0 if failure is None else 1]
 
 
 def test_every_sink_is_read_back() -> None:

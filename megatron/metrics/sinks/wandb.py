@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -72,7 +73,8 @@ class WeightsAndBiases:
             write_atomic(self._stored, f"{self._run.id}\n{iteration}\n")
 
     def close(self) -> None:
-        self._run.finish()
+        """Ends the W&B run; while an error is raised, as a failed one."""
+        self._run.finish(exit_code=0 if sys.exc_info()[0] is None else 1)
 
 
 def _timeouts(observe: Observe) -> dict[str, float]:
