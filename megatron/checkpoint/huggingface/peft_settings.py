@@ -52,6 +52,8 @@ class PeftSettings:
     """On the input of updates [probability]."""
     alphas: Mapping[str, float]
     """Pattern of names of modules -> alpha, the first that matches."""
+    ranks: Mapping[str, int]
+    """Pattern of names of modules -> rank, the first that matches."""
     parameters: tuple[str, ...]
     """Ends of the names of parameters that have updates without a linear layer around them."""
     saved: tuple[str, ...]
@@ -75,6 +77,7 @@ class PeftSettings:
             magnitudes=bool(found.get("use_dora")),
             dropout=float(found.get("lora_dropout") or 0.0),
             alphas=found.get("alpha_pattern") or {},
+            ranks=found.get("rank_pattern") or {},
             parameters=tuple(sorted(found.get("target_parameters") or ())),
             saved=tuple([saved] if isinstance(saved, str) else saved),
             ties=bool(found.get("ensure_weight_tying")),
@@ -86,8 +89,12 @@ class PeftSettings:
         module: its name in the model, which the first pattern that matches decides by. rank: its own.
         """
         module = f"{module}.weight" if self.targets_parameter(f"{module}.weight") else module
-        matching = (value for pattern, value in self.alphas.items() if re.match(rf"(.*\.)?({pattern})$", module))
-        return float(next(matching, self.alpha) / (math.sqrt(rank) if self.rank_stabilized else rank))
+        alpha = _first_matching(self.alphas, module, self.alpha)
+        return float(alpha / (math.sqrt(rank) if self.rank_stabilized else rank))
+
+    def rank_of(self, module: str) -> int:
+        """Returns the rank that a module of the model has by this file. module: its name in the model."""
+        return int(_first_matching(self.ranks, module, self.rank))
 
     def targets_parameter(self, name: str) -> bool:
         """Returns whether a parameter of the model is one of `target_parameters`."""
@@ -101,6 +108,11 @@ class PeftSettings:
     def replaces(self, module: str) -> bool:
         """Returns whether a module has a trained copy of its own, so that another it was tied to is not changed."""
         return not self.ties and module.endswith(self.saved)
+
+
+def _first_matching(patterns: Mapping[str, float], module: str, usual: float) -> float:
+    """Returns the value of the first pattern that matches the end of a module's name, else the usual one."""
+    return next((value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module)), usual)
 
 
 def _issues(found: Mapping[str, Any], location: str) -> Iterator[ConfigIssue]:
@@ -123,10 +135,11 @@ def _issues(found: Mapping[str, Any], location: str) -> Iterator[ConfigIssue]:
         yield ConfigIssue("the rank must be at least 1", key="r", value=rank, location=location)
     if not isinstance(alpha, (int, float)) or alpha <= 0:
         yield ConfigIssue("this must be a number above 0", key="lora_alpha", value=alpha, location=location)
-    for pattern, value in (found.get("alpha_pattern") or {}).items():
-        if not isinstance(value, (int, float)) or not _is_pattern(pattern):
-            what = "this must be a regular expression and a number"
-            yield ConfigIssue(what, key="alpha_pattern", value={pattern: value}, location=location)
+    for key in ("alpha_pattern", "rank_pattern"):
+        for pattern, value in (found.get(key) or {}).items():
+            if not isinstance(value, (int, float)) or not _is_pattern(pattern):
+                what = "this must be a regular expression and a number"
+                yield ConfigIssue(what, key=key, value={pattern: value}, location=location)
 
 
 def _is_pattern(text: str) -> bool:

@@ -148,9 +148,21 @@ def _updates_of(
         down, up = (named.pop(f"{module}.{part}.weight", None) for part in ("lora_A", "lora_B"))
         if down is not None and up is not None:
             norms = named.pop(f"{module}.lora_magnitude_vector", None) if settings.magnitudes else None
-            up = up.float() * settings.factor(family.module_name(module), len(down))
+            path = family.module_name(module)
+            _require_rank(module, len(down), settings.rank_of(path))
+            up = up.float() * settings.factor(path, len(down))
             found[name] = _Update(down.float(), up, None if norms is None else norms.float())
     return found
+
+
+def _require_rank(module: str, rank: int, declared: int) -> None:
+    """Raises RunError where a stored update has another rank than the file beside it says, as peft does."""
+    if rank != declared:
+        raise RunError.of(
+            f"the update of {module} has rank {rank}, and {CONFIG} says {declared}, so its factor is not known",
+            location=CONFIG,
+            hint="write the rank into rank_pattern, and check lora_alpha: the factor is lora_alpha / rank",
+        )
 
 
 def _joined(updates: Sequence[_Update]) -> list[Tensor]:

@@ -300,6 +300,15 @@ def test_the_tool_writes_the_adapter_into_the_keys(tmp_path: Path) -> None:
     }
 
 
+def test_another_rank_than_the_file_says_is_refused(tmp_path: Path) -> None:
+    """Peft refuses such a folder too; it writes one where it adds adapters that have a rank_pattern."""
+    write(LLAMA, tmp_path, **CASES["ranks and factors of their own"][1])
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rank_pattern": {}}))
+    with pytest.raises(RunError, match=r"q_proj has rank 2, and adapter_config\.json says 4"):
+        ours(tmp_path)
+
+
 def test_updates_of_other_matrices_are_named(tmp_path: Path) -> None:
     write(LLAMA, tmp_path, **CASES["queries and values"][1])
     path = tmp_path / "adapter" / "adapter_model.safetensors"
