@@ -17,6 +17,12 @@ PROBE = (
 )
 FROM_FILES = frozenset({"HFTokenizer", "PretrainedFromHF", "HFGPT2Tokenizer", "GPT2BPETokenizer", "TiktokenTokenizer"})
 """Kinds of tokenizer that may hold the same vocabulary under another name."""
+_CONTRACTIONS, _REST = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)", r"\s*[\r\n]+|\s+(?!\S)|\s+"
+QWEN2 = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_REST}"
+QWEN3_5 = (
+    rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_REST}"
+)
+"""Patterns by which Qwen2Tokenizer and Qwen3_5Tokenizer of transformers 5.23 split a text before merges."""
 
 
 class EncodingTokenizer(Protocol):

@@ -23,9 +23,10 @@ from megatron.tokenizers.added_tokens import ADDED, add_tokens
 from megatron.tokenizers.base import END_OF_DOCUMENT, Tokenizer
 from megatron.tokenizers.builder import make_tokenizer
 from megatron.tokenizers.gpt2 import gpt2_bpe
+from megatron.tokenizers.merge_classes import class_of, split_by_class, splits_as_gpt2
 from megatron.tokenizers.sentence_piece import SPMTokenizer
 from megatron.tokenizers.sentence_piece_json import as_tokenizer_json
-from megatron.tokenizers.tokenizer_config import NAMES, read_beside
+from megatron.tokenizers.tokenizer_config import MODEL, NAMES, read_beside
 
 TOKENIZER, CONFIG = "tokenizer.json", "tokenizer_config.json"
 _VOCABULARY, _MERGES = ("vocab.json", "encoder.json"), ("merges.txt", "vocab.bpe")
@@ -105,7 +106,7 @@ def _candidates(folder: Path, ends: Sequence[int], complete: bool) -> Iterator[t
             return
         if complete:
             _write_tokenizer_json(folder, vocabulary, merges)
-        else:
+        if not tokenizer_json.is_file():
             yield "PretrainedFromHF", {"vocab_file": str(folder)}
     model = _first(folder, _MODELS) or next(iter(sorted(folder.glob("*.model"))), None)
     if complete and model is not None and not tokenizer_json.is_file():
@@ -155,7 +156,8 @@ def _is_plain(folder: Path, vocabulary: Path, ends: Sequence[int]) -> bool:
     ended = number is not None and (named == END_OF_DOCUMENT if named else not ends or number in ends)
     more = any(ids.get(token) != number for token, number in _added(folder).items())
     more = more or any(token not in ids for token in read_beside(folder / CONFIG).special)
-    return ended and not more and not config.get("add_prefix_space") and not config.get("add_bos_token")
+    plain = not config.get("add_prefix_space") and not config.get("add_bos_token") and splits_as_gpt2(folder)
+    return ended and not more and plain
 
 
 def _write_tokenizer_json(folder: Path, vocabulary: Path, merges: Path) -> None:
@@ -163,12 +165,13 @@ def _write_tokenizer_json(folder: Path, vocabulary: Path, merges: Path) -> None:
     try:
         texts = [path.read_text(encoding="utf-8") for path in (vocabulary, merges)]
         made = gpt2_bpe(texts[0], texts[1], str(vocabulary), str(merges))
+        made.pre_tokenizer.add_prefix_space = bool(_json(folder / CONFIG).get("add_prefix_space"))
+        split_by_class(made, class_of(folder / CONFIG, folder / MODEL), str(folder))
         add_tokens(made, _beside(folder), str(folder))
     except (OSError, UnicodeDecodeError, ConfigError):
         return
     if made.token_to_id(END_OF_DOCUMENT) is not None:
         made.add_special_tokens([AddedToken(END_OF_DOCUMENT, special=True, normalized=False)])
-    made.pre_tokenizer.add_prefix_space = bool(_json(folder / CONFIG).get("add_prefix_space"))
     _save(folder, made, named_tokens(folder).get("bos_token"))
 
 

@@ -21,6 +21,7 @@ from megatron.tokenizers.added_tokens import ADDED, add_tokens
 from megatron.tokenizers.base import END_OF_DOCUMENT
 from megatron.tokenizers.fast import FromTokenizers, parse
 from megatron.tokenizers.gpt2 import gpt2_bpe
+from megatron.tokenizers.merge_classes import class_of, split_by_class
 from megatron.tokenizers.tokenizer_config import CONFIG, MODEL, NAMES, Beside, read_beside
 
 PADDING = "<|padding|>"
@@ -108,7 +109,9 @@ def _vocabulary_of(files: dict[str, Path], name: str) -> FastTokenizer:
         return parse(_read(files["tokenizer.json"], name), name)
     if {"vocab.json", "merges.txt"} <= files.keys():
         vocabulary, merges = (_read(files[file], name) for file in ("vocab.json", "merges.txt"))
-        return gpt2_bpe(vocabulary, merges, str(files["vocab.json"]), str(files["merges.txt"]))
+        made = gpt2_bpe(vocabulary, merges, str(files["vocab.json"]), str(files["merges.txt"]))
+        split_by_class(made, class_of(files.get(CONFIG), files.get(MODEL)), name)
+        return made
     raise ConfigError.of(
         "there is no tokenizer.json, and no vocab.json with merges.txt",
         key="vocab_file",

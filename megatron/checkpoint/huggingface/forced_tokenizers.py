@@ -12,12 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint.format.files import read_json
+from megatron.tokenizer_info import QWEN2, QWEN3_5
 
-_CONTRACTIONS, _REST = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)", r"\s*[\r\n]+|\s+(?!\S)|\s+"
-QWEN2 = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_REST}"
-QWEN3_5 = (
-    rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_REST}"
-)
 FORCED = {
     "qwen2": ("Qwen2Tokenizer", QWEN2),
     "qwen3_5": ("Qwen3_5Tokenizer", QWEN3_5),

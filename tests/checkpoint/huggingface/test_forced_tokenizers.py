@@ -9,7 +9,8 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from megatron.checkpoint.huggingface.forced_tokenizers import FORCED, QWEN2, other_ids
+from megatron.checkpoint.huggingface.forced_tokenizers import FORCED, other_ids
+from megatron.tokenizer_info import QWEN2
 
 TEXTS = ["It's 2024, don't  12345\n\n  go", "na\u0131\u0308ve cafe\u0301s", "don't don't 12345 12345 2024 2024"]
 

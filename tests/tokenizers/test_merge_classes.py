@@ -1,0 +1,103 @@
+"""Folders of vocab.json and merges.txt whose class splits texts in its own way: the ids are those of transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3_5Tokenizer
+
+from megatron.errors import ConfigError
+from megatron.tokenizer_info import QWEN2, QWEN3_5
+from megatron.tokenizers import make_tokenizer
+from megatron.tokenizers.from_folder import find_tokenizer
+from tests.tokenizers import made
+
+CODE = "    def read(self, name):\n        return self.name[12345:] + 'x'  # don't\r\n\n\t\tself.values.items()\n"
+TEXTS = [
+    CODE,
+    "It's 2024,  don't 12345\n\n  go",
+    "cafe\u0301 na\u0131\u0308ve",
+    "\u0939\u093f\u0928\u094d\u0926\u0940 12",
+    " \u00a0x\n",
+]
+MARKS = ["<|im_start|>", "<|im_end|>"]
+
+
+def write(folder: Path, pattern: str, settings: dict[str, object], model: dict[str, object] | None = None) -> Path:
+    """A byte-level tokenizer of that pattern, as the slow classes of transformers 4 write it."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(TEXTS * 4, trainers.BpeTrainer(vocab_size=420, initial_alphabet=alphabet))
+    folder.mkdir()
+    tokenizer.model.save(str(folder))
+    size = tokenizer.get_vocab_size()
+    added = {text: size + number for number, text in enumerate(["<|endoftext|>", *MARKS])}
+    (folder / "added_tokens.json").write_text(json.dumps(added))
+    settings = {"eos_token": "<|endoftext|>", "additional_special_tokens": MARKS, **settings}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    if model is not None:
+        (folder / "config.json").write_text(json.dumps(model))
+    return folder
+
+
+def require_their_ids(folder: Path, theirs: PreTrainedTokenizerBase) -> None:
+    expected = [theirs(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
+    ours = make_tokenizer("PretrainedFromHF", vocab_file=str(folder))
+    assert [ours.encode(text) for text in TEXTS] == expected
+    taken = find_tokenizer(folder, complete=True)
+    assert taken.tokenizer is not None, taken.reason
+    assert (folder / "tokenizer.json").is_file()
+    assert [taken.tokenizer.encode(text) for text in TEXTS] == expected
+    assert taken.tokenizer.decode(expected[0]) == CODE
+    chat = f"{MARKS[0]}user\n{CODE}{MARKS[1]}"
+    assert taken.tokenizer.encode_with_special_tokens(chat) == theirs(chat, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("name", ["Qwen2Tokenizer", "Qwen2TokenizerFast"])
+def test_the_class_that_the_folder_names(name: str, tmp_path: Path) -> None:
+    folder = write(tmp_path / "folder", QWEN2, {"tokenizer_class": name})
+    require_their_ids(folder, AutoTokenizer.from_pretrained(folder))
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3_moe", "qwen3_next"])
+def test_the_class_of_the_model_where_none_is_named(kind: str, tmp_path: Path) -> None:
+    folder = write(tmp_path / "folder", QWEN2, {}, {"model_type": kind})
+    require_their_ids(folder, AutoTokenizer.from_pretrained(folder))
+
+
+@pytest.mark.parametrize("named", [({"tokenizer_class": "Qwen3_5Tokenizer"}, {}), ({}, {"model_type": "qwen3_5_moe"})])
+def test_qwen_3_5(named: tuple[dict[str, object], dict[str, object]], tmp_path: Path) -> None:
+    """AutoTokenizer gives its class a tokenizer.json alone, so the class gets the two files here."""
+    folder = write(tmp_path / "folder", QWEN3_5, *named)
+    merges = [tuple(line.split(" ")) for line in (folder / "merges.txt").read_text().splitlines()[1:]]
+    theirs = Qwen3_5Tokenizer(vocab=json.loads((folder / "vocab.json").read_text()), merges=merges)
+    theirs.add_special_tokens({"additional_special_tokens": MARKS})
+    require_their_ids(folder, theirs)
+
+
+@pytest.mark.parametrize("name", ["GPT2Tokenizer", "GPT2TokenizerFast"])
+def test_gpt2_s_classes_split_as_it_does(name: str, tmp_path: Path) -> None:
+    folder = made.gpt2(tmp_path / "folder", tokenizer_class=name)
+    theirs = AutoTokenizer.from_pretrained(folder)
+    expected = [theirs(text)["input_ids"] for text in TEXTS]
+    for complete in (False, True):
+        ours = find_tokenizer(folder, complete=complete)
+        assert ours.keys["tokenizer_type"] == "GPT2BPETokenizer"
+        assert ours.tokenizer is not None
+        assert [ours.tokenizer.encode(text) for text in TEXTS] == expected
+
+
+def test_a_class_whose_pattern_is_unknown_is_refused_by_name(tmp_path: Path) -> None:
+    folder = write(tmp_path / "folder", QWEN2, {"tokenizer_class": "ElsewhereTokenizer"})
+    with pytest.raises(ConfigError, match="ElsewhereTokenizer splits texts by a pattern of its own") as caught:
+        make_tokenizer("PretrainedFromHF", vocab_file=str(folder))
+    assert "write a tokenizer.json" in str(caught.value)
+    for complete in (False, True):
+        assert "ElsewhereTokenizer splits texts" in find_tokenizer(folder, complete=complete).reason
