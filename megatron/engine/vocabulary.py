@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron.checkpoint.load.vocabulary import vocabulary_rows
+from megatron.checkpoint.load.vocabulary import existing_ids, vocabulary_rows
 from megatron.config import Config
 from megatron.config.derived.vocabulary import padded_vocab_size
 from megatron.config.schema.tokenizer import TokenizerSection
@@ -10,7 +10,7 @@ from megatron.distributed.mesh import Topology
 from megatron.errors import ConfigError
 from megatron.log import get_logger
 from megatron.tokenizers.base import Tokenizer
-from megatron.tokenizers.vocab_limit import BoundedTokenizer
+from megatron.tokenizers.vocab_limit import BoundedTokenizer, known_ids
 
 _log = get_logger(__name__)
 
@@ -31,6 +31,20 @@ def build_vocabulary(
     found = vocabulary_rows(config, rows, tokens=tokens, model_size=topology.model.size, may_grow=may_grow)
     _check_vocabulary(config.tokenizer, tokens, found.rows)
     return tokenizer if found.known == tokens else BoundedTokenizer(tokenizer, found.known), found.rows
+
+
+def vocabulary_size(config: Config, tokenizer: Tokenizer, rows: int | None = None) -> int:
+    """Returns how many ids exist [tokens]; the further rows of an embedding only pad it, and get no probability.
+
+    A model that was trained elsewhere may have more ids than its tokenizer; as in `transformers`, these have
+    probability in training, evaluation and generation.
+
+    Args:
+        config: full configuration.
+        tokenizer: tokenizer of the run, as `build_vocabulary` returns it.
+        rows: rows of the embedding; those of the checkpoint unless set.
+    """
+    return existing_ids(config, known_ids(tokenizer), rows)
 
 
 def _check_vocabulary(section: TokenizerSection, tokens: int, rows: int) -> None:

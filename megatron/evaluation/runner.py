@@ -20,6 +20,7 @@ from megatron.config import Config
 from megatron.distributed.mesh import Axis, Topology
 from megatron.distributed.process_group import any_rank, device, is_announced
 from megatron.engine.engine import Engine
+from megatron.engine.vocabulary import vocabulary_size
 from megatron.errors import ConfigError, RunError
 from megatron.evaluation import bits_per_byte, perplexity
 from megatron.evaluation.progress import Progress
@@ -27,7 +28,7 @@ from megatron.evaluation.results_file import native, require_writable, write_jso
 from megatron.evaluation.stop_request import StoppableEngine
 from megatron.evaluation.work_split import split_over_replicas
 from megatron.extensions_dir import user_cache
-from megatron.inference.runner import context_length, own_sampling, vocabulary, with_loaded_model
+from megatron.inference.runner import context_length, own_sampling, with_loaded_model
 from megatron.inference.scoring import Pair, Score, require_numbers, score
 from megatron.log import get_logger
 from megatron.metrics.builder import build_reporter
@@ -149,7 +150,7 @@ def measure_text(config: Config) -> None:
             documents,
             max_length=context_length(config),
             batch_size=batch_size(config),
-            vocabulary=vocabulary(config, tokenizer),
+            vocabulary=vocabulary_size(config, tokenizer),
             share=(topology.data.rank, topology.data.size),
             on_progress=Progress("measuring"),
             add_up=lambda number: _sum_over(topology.data, number),
@@ -183,7 +184,7 @@ def measure_perplexity(config: Config) -> None:
                 max_length=length,
                 batch_size=batch_size(config),
                 padding=tokenizer.eod,
-                vocabulary=vocabulary(config, tokenizer),
+                vocabulary=vocabulary_size(config, tokenizer),
             )
             found = split_over_replicas(pairs, scored, topology.data, size=lambda pair: len(pair.inputs()))
             require_numbers(found, "pieces of text")
@@ -290,7 +291,7 @@ def _harness_model(
         chat=chat,
         name=f"{config.tokenizer.tokenizer_type}-{words}{suffix}",
         end_ids=config.generation.eos_token_ids or (),
-        vocabulary=vocabulary(config, tokenizer),
+        vocabulary=vocabulary_size(config, tokenizer),
         sampling=own_sampling(config),
     )
 

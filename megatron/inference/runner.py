@@ -22,7 +22,7 @@ from megatron.engine.drafter import Drafter
 from megatron.engine.encoder_decoder import EncoderDecoderEngine
 from megatron.engine.engine import Engine
 from megatron.engine.inference_engine import InferenceEngine
-from megatron.engine.vocabulary import build_vocabulary
+from megatron.engine.vocabulary import build_vocabulary, vocabulary_size
 from megatron.errors import ConfigError
 from megatron.health.heartbeat import ASKING
 from megatron.health.watchdog import Watchdog
@@ -43,7 +43,7 @@ from megatron.tokenizers.base import Tokenizer
 from megatron.tokenizers.builder import build_tokenizer
 from megatron.tokenizers.masking import span_tokens
 from megatron.tokenizers.source import SourceTokenizer
-from megatron.tokenizers.vocab_limit import full_tokenizer, known_ids
+from megatron.tokenizers.vocab_limit import full_tokenizer
 
 GENERATED = 64
 """New tokens of a text where `maximum_tokens` is left out [tokens]."""
@@ -99,7 +99,7 @@ def loop_maker(config: Config, drafter: Drafter | None, tokenizer: Tokenizer) ->
     if drafter is None:
         return TokenLoop
     tokens = config.generation.num_speculative_tokens
-    return partial(DraftingLoop, drafter=drafter, tokens=tokens, vocab_size=vocabulary(config, tokenizer))
+    return partial(DraftingLoop, drafter=drafter, tokens=tokens, vocab_size=vocabulary_size(config, tokenizer))
 
 
 def precompute(config: Config) -> None:
@@ -129,7 +129,7 @@ def precompute(config: Config) -> None:
                 batch_size=config.generation.generation_batch_size,
                 overlap=config.evaluation.eval_overlap,
                 writes=topology.rank == 0,
-                vocabulary=vocabulary(config, tokenizer),
+                vocabulary=vocabulary_size(config, tokenizer),
             )
 
     with_loaded_model(config, work)
@@ -159,14 +159,6 @@ def with_loaded_model(config: Config, work: Callable[[Engine, Tokenizer, Topolog
                 work(engine, tokenizer, topology)
     finally:
         shutdown()
-
-
-def vocabulary(config: Config, tokenizer: Tokenizer) -> int:
-    """The ids that exist [tokens]; the further rows of an embedding only pad it, and no text was trained on them.
-
-    A model that was trained elsewhere may have more ids than its tokenizer, which `vocab_size` says.
-    """
-    return max(config.tokenizer.vocab_size or 0, known_ids(tokenizer))
 
 
 def check_ends(ids: Sequence[int] | None, tokenizer: Tokenizer) -> None:

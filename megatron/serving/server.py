@@ -19,13 +19,13 @@ from megatron.config import Config
 from megatron.distributed.mesh import Topology
 from megatron.distributed.process_group import device
 from megatron.engine.engine import Engine
+from megatron.engine.vocabulary import vocabulary_size
 from megatron.errors import ConfigError, RunError
 from megatron.inference.runner import (
     context_length,
     drafter_of,
     loop_maker,
     own_sampling,
-    vocabulary,
     with_loaded_model,
 )
 from megatron.launcher.worker import Stop
@@ -124,7 +124,7 @@ def _answer_http(config: Config, service: Service, tokenizer: Tokenizer, stop: S
         sampling=own_sampling(config),
         stops=tuple(section.stop or ()),
         maximum_tokens=section.maximum_tokens,
-        vocabulary=vocabulary(config, tokenizer),
+        vocabulary=vocabulary_size(config, tokenizer),
         conversations=Conversations.of_tokenizer(named.tokenizer_type, named.vocab_file),
     )
     listening = _listen(section.serve_host, section.serve_port)

@@ -36,7 +36,7 @@ from megatron.distributed.timeouts import set_collective_timeout
 from megatron.engine.base import BaseEngine
 from megatron.engine.batch_copies import DeviceCopies
 from megatron.engine.builder import DTYPES, build_training_engine, init_topology
-from megatron.engine.vocabulary import build_vocabulary
+from megatron.engine.vocabulary import build_vocabulary, vocabulary_size
 from megatron.errors import ConfigError
 from megatron.evaluation.char_perplexity import Characters
 from megatron.evaluation.runner import live_evaluation
@@ -124,6 +124,9 @@ def _train(config: Config, topology: Topology, stop: Stop, watchdog: Watchdog, h
     make_available(config.checkpoint, shared=config.data.use_shared_fs)
     config = with_pretrained(config)
     tokenizer, vocabulary = build_vocabulary(config, topology, tokenizer, may_grow=config.checkpoint.finetune)
+    ids = vocabulary_size(config, tokenizer, vocabulary)
+    if ids > known_ids(tokenizer):
+        config = config.replace(vocab_size=ids)  # for the checkpoints of this run, whose tokenizer does not say it
     checkpoint = _starting_point(config, vocabulary, tokenizer)
     start = checkpoint.counters() if checkpoint else Counters()
     task = task_of(config, tokenizer)
@@ -137,7 +140,7 @@ def _train(config: Config, topology: Topology, stop: Stop, watchdog: Watchdog, h
         config,
         topology,
         padded_vocab_size=vocabulary,
-        vocab_size=known_ids(tokenizer),
+        vocab_size=ids,
         checkpoint=checkpoint,
         prompt_tokens=_prompt_tokens(config, tokenizer),
         scores=(scores := ClassScores()),

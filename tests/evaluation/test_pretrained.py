@@ -13,9 +13,10 @@ from lm_eval.api.instance import Instance
 from megatron.config import Config, Resources, resolve
 from megatron.distributed.mesh import Topology
 from megatron.engine.builder import build_inference_engine
+from megatron.engine.vocabulary import vocabulary_size
 from megatron.evaluation.lm_eval_model import HarnessModel
 from megatron.inference.batch_generation import TextGenerator
-from megatron.inference.runner import _settings, vocabulary
+from megatron.inference.runner import _settings
 from megatron.tokenizers import build_tokenizer
 from megatron.tokenizers.chat_template import ChatTemplate
 from tests.checkpoint.huggingface.test_pretrained import ours, theirs
@@ -56,7 +57,7 @@ def both(config: Config, theirs: Path) -> tuple[HarnessModel, Any]:
         batch_size=2,
         chat=ChatTemplate.of_tokenizer(named.tokenizer_type, named.vocab_file),
         end_ids=config.generation.eos_token_ids or (),
-        vocabulary=vocabulary(config, tokenizer),
+        vocabulary=vocabulary_size(config, tokenizer),
     )
     # In fp32 its own sums over long windows are off by 2e-3.
     how = {"dtype": "float32", "softmax_dtype": "float64", "batch_size": 2, "max_length": LENGTH, "device": "cpu"}

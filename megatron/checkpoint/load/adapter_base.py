@@ -51,6 +51,19 @@ def tokens_of(directory: Path, rows: int) -> int:
     return max((size for size in sizes if size is not None and size <= rows), default=rows)
 
 
+def declared_tokens(directory: Path, rows: int) -> int | None:
+    """Tokens that a model has by its own word, whatever its tokenizer has; None where it says nothing [tokens].
+
+    Args:
+        directory: A checkpoint or a folder of transformers, all of whose rows count.
+        rows: Rows of the stored embedding, padding included [tokens].
+    """
+    if is_folder(directory):
+        return rows
+    size = _configuration(directory).get("vocab_size")
+    return size if isinstance(size, int) and size <= rows else None
+
+
 def base_of_checkpoint(directory: Path, rows: int) -> AdapterBase:
     """The base of adapters that are trained on from a checkpoint: itself, or that of the adapters in it.
 

@@ -12,7 +12,7 @@ from megatron.adapter_config import low_rank, soft_prompt
 from megatron.checkpoint.format.weight_shards import StoredWeights, WeightFiles
 from megatron.checkpoint.huggingface.encoder_pair import is_folder, open_folder
 from megatron.checkpoint.load import find
-from megatron.checkpoint.load.adapter_base import frozen_rows, tokens_of
+from megatron.checkpoint.load.adapter_base import declared_tokens, frozen_rows, tokens_of
 from megatron.config import Config
 from megatron.config.derived.vocabulary import padded_vocab_size
 from megatron.config.schema.model import ModelSection
@@ -39,10 +39,14 @@ class StoredEmbedding(NamedTuple):
 
 
 class StoredVocabulary(NamedTuple):
-    """Sizes of a stored vocabulary. rows: of the embedding, padding included. tokens: rows that are tokens [tokens]."""
+    """Sizes of a stored vocabulary [tokens]."""
 
     rows: int
+    """Rows of the embedding, padding included."""
     tokens: int
+    """Rows that are tokens."""
+    declared: int | None = None
+    """Tokens by the model's own word, whatever its tokenizer has."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +91,26 @@ def vocabulary_rows(config: Config, padded: int, *, tokens: int, model_size: int
         return Rows(padded_vocab_size(stored, 1, model_size), stored)
     taken_over = stored if is_folder(Path(config.checkpoint.load or "")) else None
     declared = taken_over or config.tokenizer.vocab_size
-    for size in (tokens, declared):
+    for size in (tokens, declared, found.declared):
         if size is not None and size <= stored < size + max(MOST_PADDING, padded - tokens + 1):
             return Rows(padded_vocab_size(stored, 1, model_size), tokens)
     return Rows(padded, tokens)
+
+
+def existing_ids(config: Config, known: int, rows: int | None = None) -> int:
+    """How many ids exist [tokens]: a model that was trained elsewhere may have more than its tokenizer.
+
+    The key vocab_size and the checkpoint to load say so; more than the embedding has rows for count for nothing.
+
+    Args:
+        config: The run's configuration.
+        known: Of the tokenizer, as far as the model knows them.
+        rows: Rows of the embedding, padding included; those of the checkpoint unless set.
+    """
+    found = _stored(config)
+    most = rows if rows is not None else found.rows if found is not None else known
+    sizes = (config.tokenizer.vocab_size, None if found is None else found.declared)
+    return max(known, *(size for size in sizes if size is not None and size <= most), 0)
 
 
 def _warn_of_frozen_rows(model: ModelSection, added: int) -> None:
@@ -117,11 +137,11 @@ def _stored(config: Config) -> StoredVocabulary | None:
     root = Path(config.checkpoint.load)
     if is_folder(root):
         rows = open_folder(root).rows
-        return StoredVocabulary(rows, rows)
+        return StoredVocabulary(rows, rows, rows)
     for directory in find.candidates(root, config.checkpoint.iteration):
         try:
             rows = StoredEmbedding.of(WeightFiles.open(directory)).rows
-            return StoredVocabulary(rows, tokens_of(directory, rows))
+            return StoredVocabulary(rows, tokens_of(directory, rows), declared_tokens(directory, rows))
         except (RunError, OSError, KeyError):
             continue  # it is damaged, which is reported when it is read
     return None
