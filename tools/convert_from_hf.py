@@ -51,6 +51,7 @@ from megatron.tokenizers.from_folder import find_tokenizer, require_same_tokeniz
 from megatron.tokenizers.round_trip import reading_notes
 from megatron.tokenizers.sentence_piece import SPMTokenizer
 from megatron.tokenizers.sentence_piece_json import is_unigram
+from megatron.tokenizers.tokenizer_classes import retain_class
 from megatron.tokenizers.tokenizer_config import retain_reading, unapplied_cleanup
 
 _OF_MODEL = (GENERATION, "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
@@ -153,6 +154,7 @@ def _tokenizer(source: Path, model: Path, target: Path, generation: dict[str, An
         shutil.copyfile(path, target / path.name)  # the tokenizer may be that of an adapter
         names.append(path.name)
     retain_reading(source, target)
+    retain_class(model, target)
     if GENERATION not in names:
         write_generation(target, {name: generation.get(name) for name in IDS})
     ends = end_ids(generation)

@@ -23,9 +23,16 @@ from megatron.tokenizers.added_tokens import ADDED, add_tokens
 from megatron.tokenizers.base import END_OF_DOCUMENT, Tokenizer
 from megatron.tokenizers.builder import make_tokenizer
 from megatron.tokenizers.gpt2 import gpt2_bpe
-from megatron.tokenizers.merge_classes import class_of, split_by_class, splits_as_gpt2
 from megatron.tokenizers.sentence_piece import SPMTokenizer
 from megatron.tokenizers.sentence_piece_json import as_tokenizer_json
+from megatron.tokenizers.tokenizer_classes import (
+    T5,
+    class_of,
+    post_processor_of,
+    sentinels_of,
+    split_by_class,
+    splits_as_gpt2,
+)
 from megatron.tokenizers.tokenizer_config import MODEL, NAMES, read_beside
 
 TOKENIZER, CONFIG = "tokenizer.json", "tokenizer_config.json"
@@ -172,35 +179,43 @@ def _write_tokenizer_json(folder: Path, vocabulary: Path, merges: Path) -> None:
         return
     if made.token_to_id(END_OF_DOCUMENT) is not None:
         made.add_special_tokens([AddedToken(END_OF_DOCUMENT, special=True, normalized=False)])
-    _save(folder, made, named_tokens(folder).get("bos_token"))
+    _save(folder, made)
 
 
 def _write_tokenizer_json_of_model(folder: Path, model: Path) -> None:
     """tokenizer.json of a sentencepiece model that tokens are added to, which a .model cannot say.
 
-    Nothing where there are no such tokens, and where the model is another or none gives the same ids.
+    Nothing where there are no such tokens nor T5's class, and where the model is another or none gives the same ids.
     """
     try:
         tokenizer = SPMTokenizer(str(model))
     except ConfigError:
         return
+    sentinels = sentinels_of(folder, tokenizer.vocab_size)
     further = {token: number for token, number in _added(folder).items() if number >= tokenizer.vocab_size}
-    content = as_tokenizer_json(tokenizer, model) if further else None
+    ends = class_of(folder / CONFIG, folder / MODEL) == T5
+    content = as_tokenizer_json(tokenizer, model) if further or ends else None
     if content is None:
         return
-    made, named = FastTokenizer.from_str(content), named_tokens(folder)
+    made = FastTokenizer.from_str(content)
+    made.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in sentinels])
     add_tokens(made, _beside(folder), str(folder))
-    if all(made.token_to_id(token) == number for token, number in further.items()):
-        _save(folder, made, named.get("bos_token"))
+    if all(made.token_to_id(token) == number for token, number in {**sentinels, **further}.items()):
+        _save(folder, made)
 
 
-def _save(folder: Path, made: FastTokenizer, begin: str | None) -> None:
-    """Writes the tokenizer.json. begin: is before a text where tokenizer_config.json asks for it."""
+def _save(folder: Path, made: FastTokenizer) -> None:
+    """Writes the tokenizer.json, with what the class or tokenizer_config.json puts around a text."""
+    named = named_tokens(folder)
+    begin = named.get("bos_token")
     number = None if begin is None else made.token_to_id(begin)
     if _json(folder / CONFIG).get("add_bos_token") and number is not None:
         made.post_processor = processors.TemplateProcessing(
             single=[begin, "$A"], pair=[begin, "$A", begin, "$B"], special_tokens=[(begin, number)]
         )
+    around = post_processor_of(made, class_of(folder / CONFIG, folder / MODEL), named)
+    if around is not None:
+        made.post_processor = around
     (folder / TOKENIZER).write_text(made.to_str(), encoding="utf-8")
 
 

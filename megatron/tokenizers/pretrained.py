@@ -21,7 +21,7 @@ from megatron.tokenizers.added_tokens import ADDED, add_tokens
 from megatron.tokenizers.base import END_OF_DOCUMENT
 from megatron.tokenizers.fast import FromTokenizers, parse
 from megatron.tokenizers.gpt2 import gpt2_bpe
-from megatron.tokenizers.merge_classes import class_of, split_by_class
+from megatron.tokenizers.tokenizer_classes import class_of, split_by_class
 from megatron.tokenizers.tokenizer_config import CONFIG, MODEL, NAMES, Beside, read_beside
 
 PADDING = "<|padding|>"

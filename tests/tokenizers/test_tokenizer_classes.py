@@ -1,19 +1,30 @@
-"""Folders of vocab.json and merges.txt whose class splits texts in its own way: the ids are those of transformers."""
+"""Folders without a tokenizer.json whose class knows what the files do not say: the ids are those of transformers."""
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import pytest
+import yaml
+from sentencepiece import SentencePieceTrainer
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3_5Tokenizer
+from transformers import (
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen3_5Tokenizer,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from megatron.errors import ConfigError
 from megatron.tokenizer_info import QWEN2, QWEN3_5
 from megatron.tokenizers import make_tokenizer
 from megatron.tokenizers.from_folder import find_tokenizer
 from tests.tokenizers import made
+from tools import convert_from_hf, convert_to_hf
 
 CODE = "    def read(self, name):\n        return self.name[12345:] + 'x'  # don't\r\n\n\t\tself.values.items()\n"
 TEXTS = [
@@ -101,3 +112,57 @@ def test_a_class_whose_pattern_is_unknown_is_refused_by_name(tmp_path: Path) -> 
     assert "write a tokenizer.json" in str(caught.value)
     for complete in (False, True):
         assert "ElsewhereTokenizer splits texts" in find_tokenizer(folder, complete=complete).reason
+
+
+SENTINELS = [f"<extra_id_{number}>" for number in range(100)]
+T5_SETTINGS = {
+    "as of T5 1.1": {"tokenizer_class": "T5Tokenizer", "extra_ids": 100, "additional_special_tokens": SENTINELS},
+    "the model's type alone": None,
+}
+
+
+@pytest.mark.parametrize("name", T5_SETTINGS)
+def test_t5_s_sentinels_are_behind_its_sentencepiece_model(name: str, tmp_path: Path) -> None:
+    """There and back by the tools: the ids of AutoTokenizer on the folder that came, with the end that T5 writes."""
+    theirs, ours, back = (tmp_path / part for part in ("theirs", "ours", "back"))
+    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
+    T5ForConditionalGeneration(T5Config(vocab_size=400, **sizes)).save_pretrained(theirs)
+    model = io.BytesIO()
+    ids = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1, "model_type": "unigram", "vocab_size": 300}
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(made.LINES), model_writer=model, hard_vocab_limit=False, minloglevel=2, **ids
+    )
+    (theirs / "spiece.model").write_bytes(model.getvalue())
+    if T5_SETTINGS[name] is not None:
+        (theirs / "tokenizer_config.json").write_text(json.dumps(T5_SETTINGS[name]))
+    assert convert_from_hf.main(["--input-dir", str(theirs), "--output-dir", str(ours)]) == 0
+    assert convert_to_hf.main(["--input-dir", str(ours), "--output-dir", str(back)]) == 0
+    first, second = (AutoTokenizer.from_pretrained(folder) for folder in (theirs, back))
+    for text in ("two  words <extra_id_0> x <extra_id_99>", "a<extra_id_5> b ", *TEXTS[1:3]):
+        assert second(text)["input_ids"] == first(text)["input_ids"]
+    keys = yaml.safe_load((ours / "model.yml").read_text())
+    tokenizer = make_tokenizer(keys["tokenizer_type"], vocab_file=keys["vocab_file"])
+    assert tokenizer.special_tokens["<extra_id_0>"] == len(first) - 1
+
+
+@pytest.mark.parametrize("settings", [{"tokenizer_class": "RobertaTokenizer"}, {}])
+def test_roberta_s_class_puts_tokens_around_texts_and_pairs(settings: dict[str, object], tmp_path: Path) -> None:
+    folder = write(tmp_path / "folder", QWEN2, settings, {"model_type": "roberta"})
+    vocabulary = json.loads((folder / "vocab.json").read_text())
+    names = {
+        "<s>": "cls_token",
+        "</s>": "sep_token",
+        "<pad>": "pad_token",
+        "<mask>": "mask_token",
+        "<unk>": "unk_token",
+    }
+    vocabulary |= {token: len(vocabulary) + number for number, token in enumerate(names)}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "added_tokens.json").unlink()
+    said = {name: token for token, name in names.items()} | {"bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, **said}))
+    theirs = AutoTokenizer.from_pretrained(folder)
+    expected = [theirs(*texts)["input_ids"] for texts in ((CODE,), ("a <mask> b", "don't 12"))]
+    assert find_tokenizer(folder, complete=True).tokenizer is not None
+    made_of_it = PreTrainedTokenizerFast.from_pretrained(folder)
+    assert [made_of_it(*texts)["input_ids"] for texts in ((CODE,), ("a <mask> b", "don't 12"))] == expected
