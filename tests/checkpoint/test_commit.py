@@ -26,6 +26,14 @@ def test_the_last_ones_are_retained(tmp_path: Path) -> None:
     assert layout.iterations(tmp_path) == [4, 5]
 
 
+def test_a_folder_with_a_padded_number_is_none_of_them(tmp_path: Path) -> None:
+    (tmp_path / "global_step0001").mkdir()
+    for iteration in range(2, 5):
+        save(tmp_path, iteration, keep=2)
+    assert layout.iterations(tmp_path) == [3, 4]
+    assert (tmp_path / "global_step0001").is_dir()
+
+
 def test_the_one_that_was_loaded_stays(tmp_path: Path) -> None:
     loaded = save(tmp_path, 1)
     for iteration in (2, 3, 4):

@@ -29,7 +29,7 @@ ANSWERS = "state/answers.pt"
 CONFIGS = "configs"
 RESOLVED = "configs/resolved.json"
 
-_STEP = re.compile(r"global_step(\d+)")
+_STEP = re.compile(r"global_step(0|[1-9][0-9]*)")
 _LAYER = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
 _MODEL = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 
