@@ -262,23 +262,27 @@ def test_a_issue_about_many_sets_is_reported_first(tmp_path):
 
 def test_validation_sets_by_name(tmp_path):
     """Names of the files; two of one name stay apart. The blend is as it is without."""
-    folders = [tmp_path / name for name in ("one", "two")]
-    for folder in folders:
+    *folders, third = [tmp_path / name for name in ("one", "two", "three")]
+    for folder in (*folders, third):
         folder.mkdir()
     valid = [
         write(folder / "books_text_document", documents(20, first=1000 * at)) for at, folder in enumerate(folders, 1)
     ]
     section = DataSection(
         train_data_paths=[write(tmp_path / "t", documents(20))],
-        valid_data_paths=[*valid, write(tmp_path / "web", documents(20, first=3000))],
+        valid_data_paths=[
+            *valid,
+            write(tmp_path / "books_3", documents(20, first=3000)),
+            write(tmp_path / "three" / "books", documents(20, first=4000)),
+        ],
         num_workers=0,
     )
     plain = build(section, valid=12)
     data = build(section.model_copy(update={"valid_loss_per_set": True}), valid=12)
     assert plain.valid_sets == {}
-    assert list(data.valid_sets) == ["books", "books_1", "web"]
+    assert list(data.valid_sets) == ["books", "books_1", "books_3", "books_3_3"]
     assert served(data.valid) == served(plain.valid)
-    for first, loader in zip((1000, 2000, 3000), data.valid_sets.values(), strict=True):
+    for first, loader in zip((1000, 2000, 3000, 4000), data.valid_sets.values(), strict=True):
         rows = served(loader)
         assert len(rows) >= 12
         assert all(first <= token < first + 1000 for row in rows for token in row)

@@ -107,7 +107,9 @@ def _each(split: Split) -> list[Split]:
     found: dict[str, Split] = {}
     for number, source in enumerate(split.sources):
         stem = PurePath(source.dataset.prefix).name.removesuffix("_document").removesuffix("_text")
-        name = stem if stem and stem not in found else f"{stem}_{number}"
+        name = stem or f"_{number}"
+        while name in found:
+            name = f"{name}_{number}"
         found[name] = Split(f"{EACH_VALID}{name}", split.samples, (replace(source, weight=1.0),))
     return list(found.values())
 
