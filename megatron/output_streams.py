@@ -50,10 +50,11 @@ def ignore_lost_output() -> None:
 
 
 def escape_characters() -> None:
-    """Lets sys.stdout and sys.stderr write characters that their encoding lacks as escapes.
+    """Lets sys.stdout and sys.stderr write characters that their encoding lacks as escapes, and opens closed ones.
 
-    For programs that end with their output; `ignore_lost_output` does it too.
+    For programs that end with their output; `ignore_lost_output` does the first too.
     """
+    open_missing_output()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors in _RAISES:
             stream.reconfigure(errors="backslashreplace")

@@ -12,6 +12,7 @@ with 1 where one is larger than the tolerance. Both read every file's content, a
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,6 +55,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ConfigError, RunError) as error:
         print(error, file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:  # the reader has closed the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more is written at exit
+        return 0
     except OSError as error:
         print(RunError.of(f"cannot be read: {error.strerror}", location=error.filename), file=sys.stderr)
         return RunError.exit_code

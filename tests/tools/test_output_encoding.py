@@ -23,6 +23,14 @@ def test_every_tool_escapes_characters_that_its_output_lacks() -> None:
     assert [path.name for path in programs if not prepared.search(path.read_text(encoding="utf-8"))] == []
 
 
+def test_a_tool_needs_no_standard_error(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"text": "one"}\n')
+    arguments = "--input in.jsonl --output-prefix out --tokenizer-type CharLevelTokenizer --workers 1"
+    command = f"exec {sys.executable} {ROOT / 'tools' / 'preprocess_data.py'} {arguments} 2>&-"
+    assert subprocess.run(["sh", "-c", command], cwd=tmp_path, check=False).returncode == 0
+    assert (tmp_path / "out_text_document.idx").is_file()
+
+
 @pytest.mark.parametrize(
     "variables",
     [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}],
