@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -165,3 +166,15 @@ def test_numbers_in_names_are_in_their_order(tmp_path):
         write(tmp_path / "in" / f"part_{number}_text", [[number]])
     merge(find_pairs([str(tmp_path / "in")]), str(tmp_path / "out"))
     assert IndexedDataset(tmp_path / "out").tokens.tolist() == [0, 1, 2, 10, 11]
+
+
+def test_more_pairs_than_a_process_may_open(tmp_path):
+    for number in range(140):
+        write(tmp_path / "many" / f"p{number}", [[number]])
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        assert merge(find_pairs([str(tmp_path / "many")]), str(tmp_path / "all")) == (140, 140)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert IndexedDataset(str(tmp_path / "all")).tokens.tolist() == list(range(140))

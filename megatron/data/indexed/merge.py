@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron.data.indexed.metadata import DatasetCard, read_card
+from megatron.data.indexed.open_file_limit import PAIR, allow_open_files
 from megatron.data.indexed.reader import IndexedDataset, bin_path, idx_path
 from megatron.data.indexed.writer import DatasetWriter
 from megatron.errors import ConfigError, ConfigIssue
@@ -60,6 +61,7 @@ def _earlier_merges(prefixes: Sequence[str]) -> list[ConfigIssue]:
     """The pair of a directory that holds the documents of all others, by their lengths."""
     if len(prefixes) < 3:  # of two equal pairs none can be called the merge
         return []
+    allow_open_files(PAIR * len(prefixes))
     sizes = {prefix: IndexedDataset(prefix, key="input").sizes for prefix in prefixes}
     largest = max(prefixes, key=lambda prefix: len(sizes[prefix]))
     others = [sizes[prefix] for prefix in prefixes if prefix != largest]
@@ -105,6 +107,7 @@ def merge(prefixes: Sequence[str], output_prefix: str) -> tuple[int, int]:
     Raises ConfigError when a file or a shard is missing, the pairs have different dtypes or tokenizers, or one of them
     is the output; RunError when one is damaged.
     """
+    allow_open_files(PAIR * len(prefixes))
     sources = [IndexedDataset(prefix, key="input") for prefix in prefixes]
     issues = [
         ConfigIssue(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import resource
 
+PAIR = 2  # [files] .bin and .idx
+
 
 def allow_open_files(more: int) -> None:
     """Raises this process's own limit for so many further files, as far as the system lets it."""
