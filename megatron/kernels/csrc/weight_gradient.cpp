@@ -19,12 +19,13 @@
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int ROWS = 8;
+constexpr int ROWS = 8;  // 16 sums of 32 registers
+constexpr int64_t DEPTH = 1024;  // rows of a and b in a block
 #else
-constexpr int ROWS = 4;
+constexpr int ROWS = 6;  // 12 sums of 16 registers: fewer wait for each other
+constexpr int64_t DEPTH = 256;
 #endif
 constexpr int COLUMNS = 2 * W;  // of a small product, in registers
-constexpr int64_t DEPTH = 1024;  // rows of a and b in a block
 
 struct Single {
     typedef float Cell;
