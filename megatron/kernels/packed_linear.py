@@ -2,8 +2,9 @@
 
 oneDNN reads a weight fastest in its own blocked layout; it reorders a plain matrix in every call, which for the few
 rows of a decoding step costs more than the product. A packed weight cannot be trained or saved. On a CPU without
-instructions for bfloat16 a compiled loop (csrc/linear.cpp) reads such a weight directly for a few rows; without a
-compiler the weight is stored, and multiplied, in fp32.
+AVX-512 a compiled loop over panels of our own (csrc/packed_linear.cpp) is faster for fp32. On one without instructions
+for bfloat16 another (csrc/linear.cpp) reads such a weight directly for a few rows; without a compiler the weight is
+stored, and multiplied, in fp32.
 
 Shapes: leading dimensions are free; in and out are the widths of this rank's weight [out, in].
 """
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron.kernels.cpp_build import library
+from megatron.kernels.cpp_call import pointer
 from megatron.kernels.cpu_features import needs_fp32_matmul
 from megatron.kernels.linear import LinearKernel, choose_linear, linear_ops
 
@@ -48,11 +50,42 @@ def packed_linear(weight: Tensor, rows: int = 8) -> LinearKernel:
         if few_rows_unavailable(weight) is None:
             return few_rows_linear(weight.detach())
         return _rounded(packed_linear(weight.float(), rows), weight.dtype)
+    if panels_unavailable(weight) is None:
+        return panel_linear(weight.detach())
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
     product = torch.ops.mkldnn._linear_pointwise.default
 
     def kernel(x: Tensor, _weight: Tensor, bias: Tensor | None) -> Tensor:
         out: Tensor = product(x, packed, bias, "none", [], "")
+        return out
+
+    return kernel
+
+
+def panels_unavailable(weight: Tensor) -> str | None:
+    """Returns the reason why a weight cannot be packed in panels of our own, or None. May compile the loop."""
+    if weight.dtype != torch.float32 or weight.device.type != "cpu":
+        return f"The compiled panels are fp32 on the CPU, not {weight.dtype} on {weight.device.type}."
+    if torch.backends.cpu.get_cpu_capability() != "AVX2":
+        return "oneDNN's packed weights are for processors with AVX-512."
+    found = library()
+    return found if isinstance(found, str) else None
+
+
+def panel_linear(weight: Tensor) -> LinearKernel:
+    """Returns a kernel of this one fp32 weight [out, in], of which it has a copy in panels."""
+    loaded = library()
+    assert isinstance(loaded, ctypes.CDLL), "panels_unavailable said that it can be used"
+    out_features, in_features = weight.shape
+    loaded.neox_packed_size.restype = ctypes.c_int64
+    packed = torch.empty(loaded.neox_packed_size((ctypes.c_int64 * 3)(0, *weight.shape)), dtype=torch.float32)
+    loaded.neox_pack(pointer(weight.contiguous()), pointer(packed), (ctypes.c_int64 * 3)(0, *weight.shape))
+    product = loaded.neox_packed_product
+
+    def kernel(x: Tensor, _weight: Tensor, bias: Tensor | None) -> Tensor:
+        x, out = x.contiguous(), x.new_empty(*x.shape[:-1], out_features)
+        sizes = (ctypes.c_int64 * 3)(x.numel() // in_features, out_features, in_features)
+        product(pointer(x), pointer(packed), pointer(bias), pointer(out), sizes, torch.get_num_threads())
         return out
 
     return kernel

@@ -14,6 +14,8 @@ from megatron.kernels.packed_linear import (
     few_rows_unavailable,
     packed_linear,
     packing_unavailable,
+    panel_linear,
+    panels_unavailable,
 )
 
 CPU = torch.device("cpu")
@@ -170,3 +172,41 @@ def test_without_a_compiler_bfloat16_is_packed_in_fp32(monkeypatch: pytest.Monke
     weight, x = torch.randn(96, 64).bfloat16(), torch.randn(3, 64).bfloat16()
     target = F.linear(x.double(), weight.double())
     torch.testing.assert_close(packed_linear(weight)(x, weight, None).double(), target, rtol=2**-8, atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("out", "width"), [(1, 1), (8, 16), (13, 35), (48, 7), (129, 64)])
+def test_panels_give_the_product_of_float64(out: int, width: int, bias: bool) -> None:
+    """For every number of rows that a tile may have, and for many rows, strided ones and none."""
+    generator = torch.Generator().manual_seed(out)
+    weight, added = torch.randn(out, width, generator=generator), torch.randn(out, generator=generator)
+    kernel = panel_linear(weight)
+    for rows in (*range(15), 24, 100):
+        x = torch.randn(rows, 2, width, generator=generator)[:, 1]
+        expected = F.linear(x.double(), weight.double(), added.double() if bias else None)
+        found = kernel(x, torch.empty(0), added if bias else None)
+        assert found.shape == (rows, out)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_threads_change_no_bit_of_panels() -> None:
+    kernel, x = panel_linear(torch.randn(100, 64)), torch.randn(9, 64)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(kernel(x, torch.empty(0), None))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[1], found[0]) and torch.equal(found[2], found[0])
+
+
+def test_panels_are_for_processors_without_avx_512(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(8, 8)
+    for capability, chosen in (("AVX2", True), ("AVX512", False), ("DEFAULT", False)):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda name=capability: name)
+        assert (panels_unavailable(weight) is None) == chosen
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert "not torch.bfloat16" in (panels_unavailable(weight.bfloat16()) or "")
+    monkeypatch.setattr(packed_linear_module, "library", lambda: "There is none.")
+    assert panels_unavailable(weight) == "There is none."
