@@ -32,7 +32,10 @@ def cpp_activation_unavailable(x: Tensor) -> str | None:
 
 def cpp_activation(x: Tensor, name: str) -> Tensor:
     """The activation of that name, one of GATED: [..., 2w] -> [..., w]."""
-    y: Tensor = _CppActivation.apply(x, GATED.index(name))
+    kind = GATED.index(name)
+    if not torch.is_grad_enabled():  # what autograd does around it takes longer than a few rows
+        return _activated(x.contiguous(), kind)
+    y: Tensor = _CppActivation.apply(x, kind)
     return y
 
 
@@ -42,12 +45,16 @@ class _CppActivation(torch.autograd.Function):
         x = x.contiguous()
         ctx.save_for_backward(x)
         ctx.kind = kind
-        return _call(x, None, x.new_empty(*x.shape[:-1], x.shape[-1] // 2), kind)
+        return _activated(x, kind)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         return _call(x, grads[0].contiguous(), torch.empty_like(x), ctx.kind), None
+
+
+def _activated(x: Tensor, kind: int) -> Tensor:
+    return _call(x, None, x.new_empty(*x.shape[:-1], x.shape[-1] // 2), kind)
 
 
 def _call(x: Tensor, dy: Tensor | None, out: Tensor, kind: int) -> Tensor:

@@ -33,6 +33,8 @@ def cpp_norm_unavailable(x: Tensor, scale: Tensor) -> str | None:
 
 def cpp_rms_norm(x: Tensor, scale: Tensor, epsilon: float) -> Tensor:
     """X / sqrt(mean(x²) + epsilon) * scale: [..., h] -> [..., h]."""
+    if not torch.is_grad_enabled():  # what autograd does around it takes longer than a few rows
+        return _norm(x.contiguous(), None, scale.contiguous(), epsilon)[0]
     y: Tensor = _RMSNorm.apply(x, None, scale, epsilon)[0]
     return y
 
@@ -46,8 +48,23 @@ def cpp_rms_norm_of_sum(x: Tensor, residual: Tensor, scale: Tensor, epsilon: flo
         scale: [h].
         epsilon: Added to the mean of the squares.
     """
+    if not torch.is_grad_enabled():
+        y, total, _ = _norm(x.contiguous(), residual.contiguous(), scale.contiguous(), epsilon)
+        assert total is not None
+        return y, total
     y, total = _RMSNorm.apply(x, residual, scale, epsilon)
     return y, total
+
+
+def _norm(x: Tensor, residual: Tensor | None, scale: Tensor, epsilon: float) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Returns the norm, the sum if there is a residual, and the inverse roots of the rows, fp32; all are contiguous."""
+    y, total = torch.empty_like(x), None if residual is None else torch.empty_like(x)
+    roots = torch.empty(x.shape[:-1], dtype=torch.float32)
+    tensors = _pointers(x, residual, scale, total, y)
+    rows, width, threads = _sizes(x)
+    half = int(x.dtype == torch.bfloat16)
+    loaded_library().neox_rms_norm(half, tensors, pointer(roots), rows, width, ctypes.c_float(epsilon), threads)
+    return y, total, roots
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -57,12 +74,7 @@ class _RMSNorm(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         x, scale = x.contiguous(), scale.contiguous()
         residual = None if residual is None else residual.contiguous()
-        y, total = torch.empty_like(x), None if residual is None else torch.empty_like(x)
-        roots = torch.empty(x.shape[:-1], dtype=torch.float32)
-        tensors = _pointers(x, residual, scale, total, y)
-        rows, width, threads = _sizes(x)
-        half = int(x.dtype == torch.bfloat16)
-        loaded_library().neox_rms_norm(half, tensors, pointer(roots), rows, width, ctypes.c_float(epsilon), threads)
+        y, total, roots = _norm(x, residual, scale, epsilon)
         ctx.save_for_backward(x if total is None else total, scale, roots)
         ctx.has_residual = residual is not None
         return y, total
