@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 LINES = [
     "the quick brown fox jumps over the lazy dog. it was a dark and stormy night, and the rain fell in torrents.",
@@ -67,6 +67,18 @@ def chatml(folder: Path, **config: Any) -> Path:
     tokenizer = byte_level(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     names = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>", "chat_template": CHATML}
     return _saved(folder, tokenizer, "GPT2TokenizerFast", **names | config)
+
+
+def byte_level_by(pattern: str, texts: list[str], *, nfc: bool = True) -> Tokenizer:
+    """Byte-level BPE, trained on the texts, that splits them by a pattern first."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC() if nfc else None
+    split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(texts * 4, trainers.BpeTrainer(vocab_size=420, initial_alphabet=alphabet))
+    return tokenizer
 
 
 def gpt2(folder: Path, **config: Any) -> Path:

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import yaml
 from sentencepiece import SentencePieceTrainer
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     AutoTokenizer,
     PreTrainedTokenizerBase,
@@ -39,13 +38,7 @@ MARKS = ["<|im_start|>", "<|im_end|>"]
 
 def write(folder: Path, pattern: str, settings: dict[str, object], model: dict[str, object] | None = None) -> Path:
     """A byte-level tokenizer of that pattern, as the slow classes of transformers 4 write it."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
-    split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(TEXTS * 4, trainers.BpeTrainer(vocab_size=420, initial_alphabet=alphabet))
+    tokenizer = made.byte_level_by(pattern, TEXTS)
     folder.mkdir()
     tokenizer.model.save(str(folder))
     size = tokenizer.get_vocab_size()

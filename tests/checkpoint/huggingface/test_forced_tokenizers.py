@@ -6,24 +6,19 @@ import json
 from pathlib import Path
 
 import pytest
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron.checkpoint.huggingface.forced_tokenizers import FORCED, other_ids
 from megatron.tokenizer_info import QWEN2
+from tests.tokenizers.made import byte_level_by
 
 TEXTS = ["It's 2024, don't  12345\n\n  go", "na\u0131\u0308ve cafe\u0301s", "don't don't 12345 12345 2024 2024"]
 
 
 def write(folder: Path, kind: str, *, pattern: str, nfc: bool = True) -> Tokenizer:
     """A folder of that model type with a byte-level tokenizer that was trained on the texts."""
-    made = Tokenizer(models.BPE())
-    made.normalizer = normalizers.NFC() if nfc else None
-    split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
-    made.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
-    made.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    made.train_from_iterator(TEXTS * 4, trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet))
+    made = byte_level_by(pattern, TEXTS, nfc=nfc)
     folder.mkdir()
     made.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
