@@ -196,6 +196,12 @@ def main(arguments: list[str] | None = None) -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        what = f"the picture cannot be written: {error.strerror}"
+        print(
+            ConfigError.of(what, key="--output", value=str(output), hint="write it elsewhere with -o"), file=sys.stderr
+        )
+        return ConfigError.exit_code
     print(output)
     return 0
 

@@ -63,6 +63,12 @@ def test_several_runs_and_an_output_name(tool, run_directory, tmp_path):
     assert "<svg" in other.read_text()
 
 
+def test_a_picture_that_cannot_be_written_is_reported(tool, run_directory, tmp_path, capsys):
+    (tmp_path / "taken.png").mkdir()
+    assert tool.main([str(run_directory), "-o", str(tmp_path / "taken.png")]) == 2
+    assert "taken.png'" in (said := capsys.readouterr().err) and "cannot be written" in said
+
+
 def test_every_missing_run_is_reported_at_once(tool, tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text('{"iteration": 1}\n')
     assert tool.main([str(tmp_path / "nowhere"), str(tmp_path)]) == 2
