@@ -10,8 +10,11 @@ from __future__ import annotations
 import io
 import os
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, TextIO
+
+from megatron.errors import RunError
 
 _CHUNK = 1 << 16
 _RAISES = ("strict", "surrogateescape")
@@ -58,6 +61,23 @@ def escape_characters() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors in _RAISES:
             stream.reconfigure(errors="backslashreplace")
+
+
+def run_tool(main: Callable[[], int]) -> int:
+    """Runs the main function of a tool and returns its exit code; a file that fails it is named in one line.
+
+    A reader that has closed the pipe ends the tool without a word.
+    """
+    escape_characters()
+    try:
+        return main()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more is written at exit
+        return 0
+    except OSError as error:
+        what = f"cannot be read or written: {error.strerror or error}"
+        print(RunError.of(what, location=str(error.filename or "")), file=sys.stderr)
+        return RunError.exit_code
 
 
 def copy_output(source: int, target: int) -> None:

@@ -26,7 +26,7 @@ from megatron.data.dataset.builder import epoch_samples, index_requests
 from megatron.data.dataset.index_cache import IndexRequest, read_index_map, write_index_map
 from megatron.data.dataset.sources import read_splits
 from megatron.errors import ConfigError, RunError
-from megatron.output_streams import escape_characters
+from megatron.output_streams import run_tool
 from megatron.training.data_setup import num_samples
 
 
@@ -92,5 +92,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    escape_characters()
-    raise SystemExit(main())
+    raise SystemExit(run_tool(main))

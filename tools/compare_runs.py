@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron.errors import ConfigError
 from megatron.metrics.fingerprint import read_fingerprints
-from megatron.output_streams import escape_characters
+from megatron.output_streams import run_tool
 
 Record = dict[str, Any]
 
@@ -111,5 +111,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    escape_characters()
-    sys.exit(main())
+    sys.exit(run_tool(main))

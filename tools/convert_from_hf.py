@@ -46,7 +46,7 @@ from megatron.checkpoint.huggingface.import_model import TOKENIZER, adopt
 from megatron.checkpoint.huggingface.target_folder import refuse_other_tokenizer
 from megatron.checkpoint.huggingface.tokenizer_files import TOKENIZER_FILE, copy_tokenizer
 from megatron.errors import ConfigError, RunError
-from megatron.output_streams import escape_characters
+from megatron.output_streams import run_tool
 from megatron.tokenizers.from_folder import find_tokenizer, require_same_tokenizer
 from megatron.tokenizers.round_trip import reading_notes
 from megatron.tokenizers.sentence_piece import SPMTokenizer
@@ -196,5 +196,4 @@ def _notes(target: Path) -> list[str]:
 if __name__ == "__main__":
     gc.freeze()
     gc.enable()
-    escape_characters()
-    sys.exit(main())
+    sys.exit(run_tool(main))

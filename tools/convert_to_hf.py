@@ -33,7 +33,7 @@ from megatron.checkpoint.huggingface.peft_adapter import export_adapter
 from megatron.checkpoint.huggingface.target_folder import refuse_adapter_files, refuse_model_files
 from megatron.checkpoint.load.stored_model import StoredModel, open_model
 from megatron.errors import ConfigError, RunError
-from megatron.output_streams import escape_characters
+from megatron.output_streams import run_tool
 from megatron.training.huggingface_folder import FolderOptions, run_tokenizer, save_tokenizer, write_folder
 
 
@@ -148,5 +148,4 @@ def _warn(line: str) -> None:
 if __name__ == "__main__":
     gc.freeze()
     gc.enable()
-    escape_characters()
-    sys.exit(main())
+    sys.exit(run_tool(main))

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from megatron.data.indexed.merge import find_pairs
 from megatron.data.indexed.reader import IndexedDataset
 from megatron.errors import ConfigError, RunError
-from megatron.output_streams import escape_characters
+from megatron.output_streams import run_tool
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -42,5 +42,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    escape_characters()
-    sys.exit(main())
+    sys.exit(run_tool(main))

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from megatron.dashboard.page import server, static_page
 from megatron.dashboard.runs import open_runs
 from megatron.errors import ConfigError
-from megatron.output_streams import escape_characters
+from megatron.output_streams import run_tool
 
 
 def main(arguments: list[str]) -> int:
@@ -48,5 +48,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    escape_characters()
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_tool(lambda: main(sys.argv[1:])))

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from megatron.atomic import write_atomic
 from megatron.data.preprocess.text_scores import make_scorer
 from megatron.errors import ConfigError, RunError
-from megatron.output_streams import escape_characters
+from megatron.output_streams import run_tool
 
 
 def parser() -> argparse.ArgumentParser:
@@ -105,5 +105,4 @@ def _text(line: str, where: str) -> str:
 
 
 if __name__ == "__main__":
-    escape_characters()
-    sys.exit(main())
+    sys.exit(run_tool(main))

@@ -12,7 +12,6 @@ with 1 where one is larger than the tolerance. Both read every file's content, a
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +23,7 @@ from megatron.checkpoint.format.optimizer_shards import OptimizerState
 from megatron.checkpoint.format.weight_shards import key_of
 from megatron.checkpoint.load.stored_model import StoredModel, choose, open_model
 from megatron.errors import ConfigError, RunError
-from megatron.output_streams import escape_characters
+from megatron.output_streams import run_tool
 
 
 def parser() -> argparse.ArgumentParser:
@@ -55,12 +54,6 @@ def main(arguments: list[str] | None = None) -> int:
     except (ConfigError, RunError) as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    except BrokenPipeError:  # the reader has closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more is written at exit
-        return 0
-    except OSError as error:
-        print(RunError.of(f"cannot be read: {error.strerror}", location=error.filename), file=sys.stderr)
-        return RunError.exit_code
 
 
 def _show(directory: Path, config_files: list[Path], *, norms: bool) -> int:
@@ -140,5 +133,4 @@ def _state(stored: StoredModel) -> OptimizerState | None:
 
 
 if __name__ == "__main__":
-    escape_characters()
-    sys.exit(main())
+    sys.exit(run_tool(main))

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from megatron.data.indexed.metadata import read_card
 from megatron.data.indexed.reader import HEADER, LEGACY_HEADER, VERSION, IndexedDataset, bin_path, idx_path
 from megatron.errors import ConfigError, RunError
-from megatron.output_streams import escape_characters
+from megatron.output_streams import run_tool
 from megatron.tokenizer_info import describe_tokenizer
 from megatron.tokenizers import Tokenizer, make_tokenizer
 
@@ -152,5 +152,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    escape_characters()
-    sys.exit(main())
+    sys.exit(run_tool(main))

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron.errors import ConfigError, ConfigIssue
 from megatron.metrics import read_metrics
-from megatron.output_streams import escape_characters
+from megatron.output_streams import run_tool
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -207,5 +207,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    escape_characters()
-    sys.exit(main())
+    sys.exit(run_tool(main))

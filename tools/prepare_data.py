@@ -32,7 +32,7 @@ from megatron.data.preprocess.pipeline import preprocess
 from megatron.data.preprocess.progress_bar import ProgressLine, TransferLine
 from megatron.data.preprocess.text_files import find_text_files
 from megatron.errors import ConfigError, RunError
-from megatron.output_streams import escape_characters
+from megatron.output_streams import run_tool
 from megatron.tokenizer_info import describe_tokenizer
 from megatron.tokenizers import Tokenizer, make_tokenizer
 from tools.preprocess_data import format_result
@@ -173,5 +173,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    escape_characters()
-    sys.exit(main())
+    sys.exit(run_tool(main))

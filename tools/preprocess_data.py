@@ -27,7 +27,7 @@ from megatron.data.preprocess.progress_bar import ProgressLine
 from megatron.data.preprocess.sentences import Sentences
 from megatron.data.preprocess.text_files import find_text_files
 from megatron.errors import ConfigError, RunError
-from megatron.output_streams import escape_characters
+from megatron.output_streams import run_tool
 from megatron.registry import TOKENIZERS
 from megatron.tokenizer_info import TokenizerInfo, describe_tokenizer
 from megatron.tokenizers import Tokenizer, make_tokenizer
@@ -234,5 +234,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    escape_characters()
-    sys.exit(main())
+    sys.exit(run_tool(main))

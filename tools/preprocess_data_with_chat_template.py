@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron.data.preprocess.document_types import ChatText
 from megatron.errors import ConfigError, RunError
-from megatron.output_streams import escape_characters
+from megatron.output_streams import run_tool
 from megatron.tokenizer_info import describe_tokenizer
 from megatron.tokenizers.chat_encoding import ChatTokens
 from tools.preprocess_data import add_work_arguments, format_result, print_round_trip_losses, run_recipe, with_dashes
@@ -88,5 +88,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    escape_characters()
-    sys.exit(main())
+    sys.exit(run_tool(main))

@@ -24,7 +24,7 @@ from megatron.data.preprocess.count_tokens import read_texts
 from megatron.data.preprocess.encode import SkippedCounts
 from megatron.data.preprocess.text_files import TextFile, find_text_files
 from megatron.errors import ConfigError, RunError
-from megatron.output_streams import escape_characters
+from megatron.output_streams import run_tool
 from megatron.tokenizers.bert import span_special
 from megatron.tokenizers.trainer import save_tokenizer, train_byte_level_bpe, train_sentence_piece
 from megatron.tokenizers.word_piece_trainer import save_word_pieces, train_word_pieces
@@ -116,5 +116,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    escape_characters()
-    sys.exit(main())
+    sys.exit(run_tool(main))
