@@ -125,8 +125,8 @@ def _attempt(request: LaunchRequest, resolved: Resolved, folder: Path) -> Outcom
     if network is not None:
         remote = rendezvous.master_addr or (without_user(next(iter(machines.hosts))) if machines.named else None)
         rendezvous = replace(rendezvous, supervisor=network.address(own_address(remote)))
-    prepare_run_directory(folder, config, ["deepy.py", *request.arguments])
-    command = build_command(request, resolved, folder, rendezvous, caller)
+    file = prepare_run_directory(folder, config, ["deepy.py", *request.arguments])
+    command = build_command(request, resolved, folder, rendezvous, caller, file)
     if command.hostfile is not None:
         (folder / HOSTFILE).write_text(command.hostfile, encoding="utf-8")
     environment = {**(without_rank_env(caller) if local else caller), **command.environment, **terminal_environment()}
@@ -195,7 +195,12 @@ def find_rendezvous(resolved: Resolved, caller: Mapping[str, str]) -> Rendezvous
 
 
 def build_command(
-    request: LaunchRequest, resolved: Resolved, folder: Path, rendezvous: Rendezvous, caller: Mapping[str, str]
+    request: LaunchRequest,
+    resolved: Resolved,
+    folder: Path,
+    rendezvous: Rendezvous,
+    caller: Mapping[str, str],
+    file: Path | None = None,
 ) -> Command:
     """Returns the command that starts the workers.
 
@@ -205,9 +210,10 @@ def build_command(
         folder: the run directory.
         rendezvous: address, port and launcher.
         caller: the environment of deepy.py.
+        file: the configuration that was written for the workers, if it was.
     """
     config, machines = resolved.resolution.config, resolved.machines
     local = is_local_launch(machines, rendezvous.launcher, force=force_multi_host(config))
-    worker = (str(request.script), *config_argument(config, folder, shared=local))
+    worker = (str(request.script), *config_argument(config, folder, shared=local, file=file))
     build = torchrun_command if rendezvous.launcher == "torchrun" else local_command if local else multi_host_command
     return build(machines, rendezvous, worker, folder, caller)

@@ -4,7 +4,8 @@ It is log_dir, else <save>/logs, else runs/<configuration names>-<date>. A scrip
 so that sampling from a run does not overwrite its files. A restart appends: the last configuration is renamed when it
 differs, and `launches.jsonl` gains a line.
 
-    config.json      the resolved configuration, which the workers read
+    config.json      the resolved configuration of the last launch, without secrets
+    configs/         that of each launch, by its contents, which the workers read; another launch changes none of them
     sources/         the configuration files
     launches.jsonl   one object per launch: time, host, command line, versions, git revision
     rank_N.log       output of rank N; launcher.log: output of DeepSpeed's launcher
@@ -13,6 +14,7 @@ differs, and `launches.jsonl` gains a line.
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import os
 import platform
@@ -29,6 +31,7 @@ from megatron.config.secrets import arguments_without_secrets
 from megatron.errors import RunError
 
 CONFIG_FILE = "config.json"
+CONFIGS = "configs"
 PACKAGES = ("neox", "torch", "deepspeed", "transformers", "tokenizers", "numpy", "pydantic", "lm_eval", "datasets")
 
 
@@ -54,7 +57,7 @@ def choose_run_directory(log_dir: str | None, save: str | None, files: Sequence[
 
 
 def prepare_run_directory(folder: Path, settings: Config, arguments: Sequence[str]) -> Path:
-    """Writes configuration, sources and the launch record; returns the path of the configuration file.
+    """Writes configuration, sources and the launch record; returns the configuration file for the workers.
 
     Raises RunError when the folder cannot be written.
 
@@ -63,7 +66,9 @@ def prepare_run_directory(folder: Path, settings: Config, arguments: Sequence[st
         settings: the resolved configuration; where it holds a secret, only this user may read its file.
         arguments: the command line.
     """
-    config_text, shown = serialize.to_json(settings), settings.without_secrets()
+    shown = settings.without_secrets()
+    config_text, own_text = serialize.to_json(shown), serialize.to_json(settings)
+    own = folder / CONFIGS / f"{hashlib.sha256(own_text.encode()).hexdigest()[:12]}.json"
     try:
         (folder / "sources").mkdir(parents=True, exist_ok=True)
         for name, text in (shown.checkpoint.config_files or {}).items():
@@ -72,8 +77,10 @@ def prepare_run_directory(folder: Path, settings: Config, arguments: Sequence[st
         if config.exists() and config.read_text(encoding="utf-8") != config_text:
             config.rename(_free_path(folder))
         write_atomic(config, config_text)
+        own.parent.mkdir(exist_ok=True)
+        write_atomic(own, own_text)
         if shown != settings:
-            config.chmod(0o600)
+            own.chmod(0o600)
         with open_lines(folder / "launches.jsonl") as launches:
             launches.write(json.dumps(_launch_record(arguments_without_secrets(arguments))) + "\n")
     except OSError as error:
@@ -82,7 +89,7 @@ def prepare_run_directory(folder: Path, settings: Config, arguments: Sequence[st
             location=str(error.filename or folder),
             hint="give a folder that can be written as log_dir or save",
         ) from error
-    return config
+    return own
 
 
 def _free_path(folder: Path) -> Path:

@@ -27,10 +27,17 @@ from megatron.ranks import Ranks
 RUN_CONFIG, ENCODED_CONFIG = "--run-config", "--megatron-config"
 
 
-def config_argument(config: Config, folder: Path, *, shared: bool) -> tuple[str, str]:
-    """Returns the arguments with the configuration: a file, or base64 text without a shared file system."""
+def config_argument(config: Config, folder: Path, *, shared: bool, file: Path | None = None) -> tuple[str, str]:
+    """Returns the arguments with the configuration: a file, or base64 text without a shared file system.
+
+    Args:
+        config: the resolved configuration.
+        folder: the run directory.
+        shared: whether all workers see its files.
+        file: what `prepare_run_directory` wrote for them; a dry run, which writes none, shows the last launch's.
+    """
     if shared or config.data.use_shared_fs:
-        return RUN_CONFIG, str(folder / CONFIG_FILE)
+        return RUN_CONFIG, str(file or folder / CONFIG_FILE)
     return ENCODED_CONFIG, serialize.encode(config.replace(log_dir=str(folder)))
 
 

@@ -40,7 +40,7 @@ def test_what_it_keeps_and_that_a_restart_appends(tmp_path: Path) -> None:
     assert (folder / "sources/a.yml").read_text() == "train_iters: 1\n"
     prepare_run_directory(folder, given, ["again"])
     prepare_run_directory(folder, given.replace(train_iters=2), ["once more"])
-    assert serialize.read(config).training.train_iters == 2
+    assert serialize.read(folder / "config.json").training.train_iters == 2
     assert [path.name for path in folder.glob("config.*.json")] == ["config.1.json"]
     launches = [json.loads(line) for line in (folder / "launches.jsonl").read_text().splitlines()]
     assert [launch["command"] for launch in launches] == [["deepy.py", "train.py", "a.yml"], ["again"], ["once more"]]
@@ -57,12 +57,20 @@ def test_a_secret_is_in_the_file_of_the_workers_alone(tmp_path: Path) -> None:
     flags = ["--serve-key", "hunter2", "--train-iters", "1", "--serve_key=hunter2"]
     config = prepare_run_directory(tmp_path, given, flags)
     holders = [path.name for path in tmp_path.rglob("*") if path.is_file() and "hunter2" in path.read_text()]
-    assert holders == ["config.json"] and config.stat().st_mode & 0o077 == 0
+    assert holders == [config.name] and config.stat().st_mode & 0o077 == 0
     assert serialize.read(config).generation.serve_key == "hunter2"
     (launch,) = [json.loads(line) for line in (tmp_path / "launches.jsonl").read_text().splitlines()]
     assert launch["command"] == ["--serve-key", "(redacted)", "--train-iters", "1", "--serve_key=(redacted)"]
     assert (tmp_path / "sources/a.yml").read_text() == "x: 1\nserve_key: null  # for us\n"
     assert json.loads((tmp_path / "sources/b.json").read_text()) == {"serve-key": None, "train_iters": 1}
+
+
+def test_a_second_launch_in_the_same_folder_changes_no_worker_s_configuration(tmp_path: Path) -> None:
+    """Workers of the first may read theirs seconds later."""
+    first, second = (Config.from_flat({"train_iters": number}) for number in (1, 2))
+    files = [prepare_run_directory(tmp_path, config, []) for config in (first, second, first)]
+    assert [serialize.read(file).training.train_iters for file in files] == [1, 2, 1]
+    assert files[0] == files[2] != files[1]
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
