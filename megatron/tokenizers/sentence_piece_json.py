@@ -7,6 +7,7 @@ training as in prompts, is tried on texts, not assumed.
 
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, decoders, models, normalizers
@@ -31,6 +32,12 @@ _TRIED = (
 )
 
 
+_APART = tuple(
+    unicodedata.normalize("NFD", text) for text in ("\uff8a\uff9f\uff7f\uff7a\uff9d", "\ud55c\uad6d\uc5b4", "Vi\u1ec7t")
+)
+_SYMBOLS = 8  # user-defined ones that are tried
+
+
 def as_tokenizer_json(tokenizer: SPMTokenizer, path: Path) -> str | None:
     """The text of a tokenizer.json that gives the same ids, or None where none was found. path: of the .model."""
     model = read_model(path.read_bytes())
@@ -47,6 +54,26 @@ def as_tokenizer_json(tokenizer: SPMTokenizer, path: Path) -> str | None:
         return None
     content = as_read(made.to_str(pretty=False), tokenizer.blank)
     return content if _reads_alike(FastTokenizer.from_str(content), tokenizer) else None
+
+
+def text_read_otherwise(content: str, tokenizer: SPMTokenizer, path: Path) -> str | None:
+    """A text of which the tokenizer.json gives other ids; None where none is found.
+
+    The tokenizers library splits at user-defined symbols before it normalizes, and its normalizer composes no marks
+    that lie apart: half-width kana, decomposed Korean and Vietnamese.
+
+    Args:
+        content: Of the tokenizer.json.
+        tokenizer: The sentencepiece model.
+        path: Of the .model.
+    """
+    made = FastTokenizer.from_str(content)
+    made.encode_special_tokens = tokenizer.splits_special
+    symbols = [text for text, _, kind in read_model(path.read_bytes()).pieces if kind == USER]
+    for text in (*(f"a{symbol}b {symbol} c" for symbol in symbols[:_SYMBOLS]), *_APART):
+        if made.encode(text, add_special_tokens=False).ids != tokenizer.encode_with_special_tokens(text):
+            return text
+    return None
 
 
 def is_unigram(path: Path) -> bool:

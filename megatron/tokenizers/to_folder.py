@@ -22,7 +22,7 @@ from megatron.tokenizers.fast import FromTokenizers
 from megatron.tokenizers.from_folder import CONFIG, TOKENIZER, find_tokenizer, lost_tokens, named_tokens
 from megatron.tokenizers.pretrained import files_of
 from megatron.tokenizers.sentence_piece import SPMTokenizer
-from megatron.tokenizers.sentence_piece_json import as_tokenizer_json
+from megatron.tokenizers.sentence_piece_json import as_tokenizer_json, text_read_otherwise
 from megatron.tokenizers.tokenizer_config import FILE_CLASS
 
 _OF_FOLDERS = frozenset({"PretrainedFromHF", "HFTokenizer"})
@@ -50,6 +50,8 @@ class Portable:
     """The run reads another tokenizer.json than the folder's own, which is content."""
     pad: int | None = None
     """Id of padding, where the tokenizer names it."""
+    otherwise: str | None = None
+    """A text of which other programs read other ids."""
     lost: str = ""
     """A line about tokens beside the .model that the run reads as text, or ""."""
     info: TokenizerInfo | None = None
@@ -164,5 +166,8 @@ def _of_sentence_piece(tokenizer: SPMTokenizer, path: Path) -> Portable:
     names |= {} if begin is None else {"bos_token": tokenizer.piece(begin)}
     names |= {"split_special_tokens": True} if tokenizer.splits_special else {}
     content = as_tokenizer_json(tokenizer, path)
+    otherwise = None if content is None else text_read_otherwise(content, tokenizer, path)
     lost = lost_tokens(path.parent, tokenizer)
-    return Portable(tokenizer.vocab_size, tokenizer.eod, begin, folder, content, path, names, lost=lost)
+    return Portable(
+        tokenizer.vocab_size, tokenizer.eod, begin, folder, content, path, names, otherwise=otherwise, lost=lost
+    )

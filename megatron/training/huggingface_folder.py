@@ -176,6 +176,11 @@ def save_tokenizer(tokenizer: Portable | None, output: Path, length: int | None,
         copy_tokenizer(tokenizer.folder, output)
     tokenizer.write(output, length)
     for_every_release(output, own=tokenizer.folder is None or not (tokenizer.folder / TOKENIZER_FILE).is_file())
+    if tokenizer.otherwise is not None:
+        say(
+            f"AutoTokenizer of transformers gives other ids than sentencepiece, which this model was trained with, for "
+            f"some texts, such as {tokenizer.otherwise!r}"
+        )
     if tokenizer.lost:
         say(f"{tokenizer.lost}; their names stay beside the .model, where transformers adds them")
     if not tokenizer.readable:
