@@ -44,6 +44,7 @@ from megatron.ranks import Ranks
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
 SOCKET_VARIABLE = "NEOX_SUPERVISOR"
+SAFE_PATH, SAFE_PATH_OF_AGENT = "PYTHONSAFEPATH", "NEOX_SAFE_PATH"
 NETWORK = "tcp://"
 CONNECT_SECONDS = 10.0
 PARENT_GONE = signal.SIGUSR2
@@ -249,6 +250,8 @@ def main(arguments: list[str]) -> int:
     while rest and "=" in rest[0]:
         name, _, value = rest.pop(0).partition("=")
         os.environ[name] = value
+    if os.environ.pop(SAFE_PATH_OF_AGENT, None):  # of a worker the script's own folder comes first, as everywhere
+        os.environ.pop(SAFE_PATH, None)
     try:
         set_rank_env(os.environ)
     except ConfigError as error:

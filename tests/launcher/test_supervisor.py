@@ -44,6 +44,14 @@ def test_a_long_path_of_temporary_files_is_no_obstacle(deepy: Deepy) -> None:
     assert (code, out) == (0, "rank 0\n")
 
 
+def test_scripts_named_as_modules_of_the_standard_library_are_no_obstacle(deepy: Deepy) -> None:
+    for name in ("tokenize", "select", "token", "queue", "inspect"):
+        (deepy.folder / f"{name}.py").write_text("raise SystemExit('this is a script of the user')")
+    (deepy.folder / "beside.py").write_text("NAME = 'beside'")
+    code, out, err = deepy.run("import beside; print(beside.NAME, 'PYTHONSAFEPATH' in os.environ)", "--num_gpus", "1")
+    assert (code, out) == (0, "beside False\n"), err
+
+
 def test_a_restart_appends_to_the_logs(deepy: Deepy) -> None:
     deepy.run("print('first')")
     deepy.run("print('second')")

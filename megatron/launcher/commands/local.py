@@ -20,6 +20,7 @@ from pathlib import Path
 from megatron.errors import ConfigError
 from megatron.launcher.arguments import CHECKOUT
 from megatron.launcher.hosts import Hosts, core_count
+from megatron.launcher.rank_agent import SAFE_PATH, SAFE_PATH_OF_AGENT
 from megatron.ranks import free_port
 
 RANK_MODULE = "megatron.launcher.rank_agent"
@@ -81,6 +82,13 @@ def search_paths(caller: Mapping[str, str]) -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join([str(CHECKOUT), *others])}
 
 
+def safe_path(caller: Mapping[str, str]) -> dict[str, str]:
+    """Returns the variables that take the working folder from the search path of launchers and agents, which `-m` puts
+    first: a script there may have the name of a module of the standard library. Workers do without them.
+    """
+    return {} if SAFE_PATH in caller else {SAFE_PATH: "1", SAFE_PATH_OF_AGENT: "1"}
+
+
 def local_command(
     machines: Hosts, rendezvous: Rendezvous, worker: tuple[str, ...], log_dir: Path, caller: Mapping[str, str]
 ) -> Command:
@@ -109,7 +117,7 @@ def local_command(
         str(log_dir),
         *worker,
     )
-    return Command(argv, {**search_paths(caller), **workers_environment(machines, caller)})
+    return Command(argv, {**search_paths(caller), **safe_path(caller), **workers_environment(machines, caller)})
 
 
 def torchrun_command(
@@ -142,7 +150,7 @@ def torchrun_command(
         str(log_dir),
         *worker,
     )
-    return Command(argv, {**search_paths(caller), **workers_environment(machines, caller)})
+    return Command(argv, {**search_paths(caller), **safe_path(caller), **workers_environment(machines, caller)})
 
 
 def rendezvous_port(port: int, *, given: bool) -> int:
