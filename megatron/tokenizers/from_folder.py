@@ -12,7 +12,6 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from tokenizers import AddedToken, processors
 from tokenizers import Tokenizer as FastTokenizer
@@ -33,7 +32,7 @@ from megatron.tokenizers.tokenizer_classes import (
     split_by_class,
     splits_as_gpt2,
 )
-from megatron.tokenizers.tokenizer_config import MODEL, NAMES, read_beside
+from megatron.tokenizers.tokenizer_config import MODEL, NAMES, read_beside, read_object
 
 TOKENIZER, CONFIG = "tokenizer.json", "tokenizer_config.json"
 _VOCABULARY, _MERGES = ("vocab.json", "encoder.json"), ("merges.txt", "vocab.bpe")
@@ -96,7 +95,7 @@ def named_tokens(folder: Path) -> dict[str, str]:
     """bos_token, eos_token and the like, as special_tokens_map.json and tokenizer_config.json spell them."""
     found: dict[str, str] = {}
     for name in ("special_tokens_map.json", CONFIG):
-        for key, value in _json(folder / name).items():
+        for key, value in read_object(folder / name).items():
             text = value.get("content") if isinstance(value, dict) else value
             if key.endswith("_token") and isinstance(text, str):
                 found[key] = text
@@ -131,19 +130,10 @@ def _first(folder: Path, names: Sequence[str]) -> Path | None:
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
-def _json(path: Path) -> dict[str, Any]:
-    """The content of a file of a tokenizer; nothing where there is none or it is no object."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def _added(folder: Path) -> dict[str, int]:
     """Tokens that files beside the vocabulary add, and their ids."""
-    found = {str(token): int(number) for token, number in _json(folder / "added_tokens.json").items()}
-    decoder = _json(folder / CONFIG).get("added_tokens_decoder")
+    found = {str(token): int(number) for token, number in read_object(folder / "added_tokens.json").items()}
+    decoder = read_object(folder / CONFIG).get("added_tokens_decoder")
     for number, entry in (decoder if isinstance(decoder, dict) else {}).items():
         if isinstance(entry, dict) and isinstance(entry.get("content"), str):
             found[entry["content"]] = int(number)
@@ -157,7 +147,7 @@ def _beside(folder: Path) -> dict[str, Path]:
 
 def _is_plain(folder: Path, vocabulary: Path, ends: Sequence[int]) -> bool:
     """Whether GPT-2's two files say all: its end, no further tokens, nothing put before a text."""
-    ids, config = _json(vocabulary), _json(folder / CONFIG)
+    ids, config = read_object(vocabulary), read_object(folder / CONFIG)
     number = ids.get(END_OF_DOCUMENT)
     named = named_tokens(folder).get("eos_token")
     ended = number is not None and (named == END_OF_DOCUMENT if named else not ends or number in ends)
@@ -172,7 +162,7 @@ def _write_tokenizer_json(folder: Path, vocabulary: Path, merges: Path) -> None:
     try:
         texts = [path.read_text(encoding="utf-8") for path in (vocabulary, merges)]
         made = gpt2_bpe(texts[0], texts[1], str(vocabulary), str(merges))
-        made.pre_tokenizer.add_prefix_space = bool(_json(folder / CONFIG).get("add_prefix_space"))
+        made.pre_tokenizer.add_prefix_space = bool(read_object(folder / CONFIG).get("add_prefix_space"))
         split_by_class(made, class_of(folder / CONFIG, folder / MODEL), str(folder))
         add_tokens(made, _beside(folder), str(folder))
     except (OSError, UnicodeDecodeError, ConfigError):
@@ -209,7 +199,7 @@ def _save(folder: Path, made: FastTokenizer) -> None:
     named = named_tokens(folder)
     begin = named.get("bos_token")
     number = None if begin is None else made.token_to_id(begin)
-    if _json(folder / CONFIG).get("add_bos_token") and number is not None:
+    if read_object(folder / CONFIG).get("add_bos_token") and number is not None:
         made.post_processor = processors.TemplateProcessing(
             single=[begin, "$A"], pair=[begin, "$A", begin, "$B"], special_tokens=[(begin, number)]
         )
@@ -221,7 +211,7 @@ def _save(folder: Path, made: FastTokenizer) -> None:
 
 def _name_end(folder: Path, tokenizer_json: Path, ends: Sequence[int]) -> None:
     """Writes eos_token into tokenizer_config.json where the files name no token that the vocabulary has."""
-    config, content = _json(folder / CONFIG), _json(tokenizer_json)
+    config, content = read_object(folder / CONFIG), read_object(tokenizer_json)
     vocabulary = content.get("model", {}).get("vocab", {}) if isinstance(content.get("model"), dict) else {}
     ids = dict(vocabulary) if isinstance(vocabulary, dict) else {}
     ids |= {entry["content"]: entry["id"] for entry in content.get("added_tokens", ())}

@@ -12,14 +12,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Regex, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as FastTokenizer
 
 from megatron.errors import ConfigError
 from megatron.tokenizer_info import QWEN2, QWEN3_5
-from megatron.tokenizers.tokenizer_config import CONFIG, FILE_CLASS, MODEL, TOKENIZER
+from megatron.tokenizers.tokenizer_config import CONFIG, FILE_CLASS, MODEL, TOKENIZER, read_object
 
 PATTERNS = {"Qwen2Tokenizer": QWEN2, "Qwen3_5Tokenizer": QWEN3_5}
 """Class -> its pattern; its normalizer is NFC."""
@@ -44,9 +43,9 @@ def class_of(config: Path | None, model: Path | None) -> str:
         config: Its tokenizer_config.json, if any.
         model: The config.json of its model, if any.
     """
-    named = _object(config).get("tokenizer_class")
+    named = read_object(config).get("tokenizer_class")
     if named is None:
-        named = _class_of_model(str(_object(model).get("model_type")))
+        named = _class_of_model(str(read_object(model).get("model_type")))
     return str(named).removesuffix("Fast")
 
 
@@ -86,7 +85,7 @@ def sentinels_of(folder: Path, size: int) -> dict[str, int]:
     """
     if class_of(folder / CONFIG, folder / MODEL) != T5:
         return {}
-    count = _object(folder / CONFIG).get("extra_ids", _SENTINELS)
+    count = read_object(folder / CONFIG).get("extra_ids", _SENTINELS)
     return {f"<extra_id_{number}>": size + count - 1 - number for number in reversed(range(int(count)))}
 
 
@@ -118,7 +117,7 @@ def retain_class(model: Path, target: Path) -> None:
         model: Folder of the model, with its config.json.
         target: Folder of the copy.
     """
-    settings, kind = _object(target / CONFIG), str(_object(model / MODEL).get("model_type"))
+    settings, kind = read_object(target / CONFIG), str(read_object(model / MODEL).get("model_type"))
     name = _class_of_model(kind)
     if name is not None and not settings.get("tokenizer_class") and not (target / TOKENIZER).is_file():
         text = json.dumps({**settings, "tokenizer_class": name}, ensure_ascii=False, indent=1)
@@ -131,12 +130,3 @@ def _class_of_model(kind: str) -> str | None:
     if kind.startswith(("qwen3_5", "qwen4")):
         return "Qwen3_5Tokenizer"
     return "Qwen2Tokenizer" if kind.startswith(("qwen2", "qwen3")) else None
-
-
-def _object(path: Path | None) -> dict[str, Any]:
-    """The object in a JSON file; empty where there is none."""
-    try:
-        found: Any = {} if path is None else json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -89,7 +89,7 @@ def unapplied_cleanup(folder: Path) -> str | None:
     tokens made by merges. The decoder of a WordPiece file does the same by itself.
     Source: transformers 5.23, tokenization_utils_tokenizers.py (_decode).
     """
-    content = _read(folder / TOKENIZER)
+    content = read_object(folder / TOKENIZER)
     model, decoder = content.get("model") or {}, content.get("decoder") or {}
     forced = read_settings(folder / CONFIG)
     asked = forced.get("clean_up_tokenization_spaces") is True
@@ -113,9 +113,9 @@ def read_settings(file: str | Path | None) -> Mapping[str, Any]:
         return {}
     path = Path(file)
     path = path if path.name == CONFIG else path.with_name(CONFIG)
-    found = _read(path)
+    found = read_object(path)
     if "added_tokens_decoder" not in found:
-        found = {**found, **_read(path.with_name(NAMES))}
+        found = {**found, **read_object(path.with_name(NAMES))}
     if class_is_wrong(path.parent):
         found = {**found, "tokenizer_class": FILE_CLASS}
     begin, end = _DEFAULTS.get(_class(found), (None, None))
@@ -128,19 +128,20 @@ def class_is_wrong(folder: Path) -> bool:
     A tokenizer.model alone is read by the class all the same.
     """
     written = (folder / TOKENIZER).is_file()
-    return written and _read(folder / MODEL).get("model_type") in _AS_WRITTEN
+    return written and read_object(folder / MODEL).get("model_type") in _AS_WRITTEN
 
 
 def retain_reading(source: Path, target: Path) -> None:
     """Names the class that counts in a copy of a folder's tokenizer, which has no config.json to tell it by."""
     if class_is_wrong(source):
-        settings = {**_read(target / CONFIG), "tokenizer_class": FILE_CLASS}
+        settings = {**read_object(target / CONFIG), "tokenizer_class": FILE_CLASS}
         (target / CONFIG).write_text(json.dumps(settings, ensure_ascii=False, indent=1), encoding="utf-8")
 
 
-def _read(path: Path) -> Mapping[str, Any]:
+def read_object(path: Path | None) -> dict[str, Any]:
+    """Returns the object in a JSON file of a tokenizer; nothing where there is none or it is no object."""
     try:
-        found: Any = json.loads(path.read_text(encoding="utf-8"))
+        found: Any = {} if path is None else json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
