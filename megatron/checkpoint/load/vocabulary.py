@@ -89,9 +89,7 @@ def vocabulary_rows(config: Config, padded: int, *, tokens: int, model_size: int
         message = "the tokenizer has %d tokens and the checkpoint rows for %d; a text or data with another is refused"
         _log.warning(message, tokens, stored)
         return Rows(padded_vocab_size(stored, 1, model_size), stored)
-    taken_over = stored if is_folder(Path(config.checkpoint.load or "")) else None
-    declared = taken_over or config.tokenizer.vocab_size
-    for size in (tokens, declared, found.declared):
+    for size in (tokens, config.tokenizer.vocab_size, found.declared):
         if size is not None and size <= stored < size + max(MOST_PADDING, padded - tokens + 1):
             return Rows(padded_vocab_size(stored, 1, model_size), tokens)
     return Rows(padded, tokens)
