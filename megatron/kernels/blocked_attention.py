@@ -179,8 +179,9 @@ class _BlockedAttention(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias) if ctx.needs_input_grad[3] else None
         for number, (block, seen) in enumerate(ctx.parts):
             rows = _rows(q, heads, block)
-            weights, slopes = saved[number] if saved else None, None
-            if weights is None:
+            if saved:
+                weights, slopes = saved[number], None
+            else:
                 weights, slopes = _weights(rows, wide_keys, block, seen, starts, view, batch)
             grad_rows = _rows(grads[0], heads, block)
             _add_product(grad_v, seen, weights, grad_rows)

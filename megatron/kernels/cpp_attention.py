@@ -143,10 +143,8 @@ class _CppAttention(torch.autograd.Function):
         q, k, v, out, sums, table, first = ctx.saved_tensors
         grad_q, grad_k, grad_v = _empty(q), _empty(k), _empty(v)
         by_distance = torch.zeros(q.shape[:3], dtype=torch.float32) if ctx.needs_input_grad[3] else None
-        call, tensors = (
-            _Call(q, k, table, first, bound=ctx.bound),
-            (q, k, v, out, _rows(grads[0]), grad_q, grad_k, grad_v),
-        )
+        call = _Call(q, k, table, first, bound=ctx.bound)
+        tensors = (q, k, v, out, _rows(grads[0]), grad_q, grad_k, grad_v)
         call(call.library.neox_attention_backward, tensors, sums, pointer(by_distance))
         bias = None if by_distance is None else _of_bias(by_distance, *ctx.bias)
         return grad_q, grad_k, grad_v, bias, None, None

@@ -16,7 +16,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from megatron.kernels.cpp_build import library
+from megatron.kernels.cpp_build import library, loaded_library
 from megatron.kernels.cpp_call import pointer
 from megatron.kernels.cpu_features import needs_fp32_matmul
 from megatron.kernels.linear import LinearKernel, choose_linear, linear_ops
@@ -74,9 +74,7 @@ def panels_unavailable(weight: Tensor) -> str | None:
 
 def panel_linear(weight: Tensor) -> LinearKernel:
     """Returns a kernel of this one fp32 weight [out, in], of which it has a copy in panels."""
-    loaded = library()
-    assert isinstance(loaded, ctypes.CDLL), "panels_unavailable said that it can be used"
-    out_features, in_features = weight.shape
+    loaded, (out_features, in_features) = loaded_library(), weight.shape
     loaded.neox_packed_size.restype = ctypes.c_int64
     packed = torch.empty(loaded.neox_packed_size((ctypes.c_int64 * 3)(0, *weight.shape)), dtype=torch.float32)
     loaded.neox_pack(pointer(weight.contiguous()), pointer(packed), (ctypes.c_int64 * 3)(0, *weight.shape))
