@@ -63,6 +63,11 @@ def escape_characters() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def discard_output() -> None:
+    """Sends what standard output would still write, at exit too, to nowhere: its reader has closed the pipe."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def run_tool(main: Callable[[], int]) -> int:
     """Runs the main function of a tool and returns its exit code; a file that fails it is named in one line.
 
@@ -72,7 +77,7 @@ def run_tool(main: Callable[[], int]) -> int:
     try:
         return main()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more is written at exit
+        discard_output()
         return 0
     except OSError as error:
         what = f"cannot be read or written: {error.strerror or error}"

@@ -35,14 +35,13 @@ from megatron.launcher.run_directory import (
 from megatron.launcher.ssh_check import check_hosts, check_launcher, node_number, own_address
 from megatron.launcher.supervisor import Network, Outcome, Supervisor, print_outcome, terminal_environment
 from megatron.launcher.worker_config import config_argument
-from megatron.output_streams import escape_characters, ignore_lost_output, open_missing_output
+from megatron.output_streams import discard_output, escape_characters, ignore_lost_output
 from megatron.plan.base_shapes import check_base_shapes, write_base_shapes
 from megatron.plan.kernel_choices import kernel_issues
 
 
 def main(arguments: Sequence[str]) -> int:
     """Runs one command line of deepy.py and returns its exit code."""
-    open_missing_output()
     escape_characters()
     try:
         return _run(arguments)
@@ -52,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:  # the reader of the plan has closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
         return 0
 
 
