@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import struct
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -71,11 +72,26 @@ def wandb_records(path: Path) -> Iterator[bytes]:
             at += 32768 - at % 32768
             continue
         length, kind = struct.unpack_from("<HB", data, at + 4)
+        if at + 7 + length > len(data):  # still being written
+            return
         full += data[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):  # a whole record, or the end of one
             yield full
             full = b""
+
+
+def wandb_exit_codes(path: Path, seconds: float = 60) -> list[int]:
+    """The exit codes of a .wandb file, which W&B's own process may write after `finish` has returned."""
+    from wandb.proto import wandb_internal_pb2
+
+    end = time.monotonic() + seconds
+    while True:
+        records = [wandb_internal_pb2.Record.FromString(data) for data in wandb_records(path)]
+        codes = [record.exit.exit_code for record in records if record.HasField("exit")]
+        if codes or time.monotonic() > end:
+            return codes
+        time.sleep(0.05)
 
 
 def stored_by_wandb(folder: Path) -> set[str]:
@@ -136,8 +152,6 @@ def test_records_are_stored_and_a_restart_goes_on(name: str, tmp_path: Path, mon
 
 
 def test_a_failed_run_is_one_for_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from wandb.proto import wandb_internal_pb2
-
     monkeypatch.setenv("WANDB_MODE", "offline")
     for name, failure in (("good", None), ("failed", RunError.of("the loss is not a number"))):
         sink = SINKS.load("wandb").open(observed(tmp_path / name), Start(0, settings=SETTINGS))
@@ -148,9 +162,7 @@ def test_a_failed_run_is_one_for_wandb(tmp_path: Path, monkeypatch: pytest.Monke
             finally:
                 sink.close()
         (file,) = (tmp_path / name).glob("wandb/offline-run-*/run-*.wandb")
-        records = [wandb_internal_pb2.Record.FromString(data) for data in wandb_records(file)]
-        codes = [record.exit.exit_code for record in records if record.HasField("exit")]
-        assert codes == [0 if failure is None else 1]
+        assert wandb_exit_codes(file) == [0 if failure is None else 1]
 
 
 def test_every_sink_is_read_back() -> None:
