@@ -1,7 +1,7 @@
 """Muon (K. Jordan 2024; arXiv:2502.16982) for the matrices inside the blocks, AdamW for everything else.
 
 The momentum of a matrix is orthogonalized in Newton-Schulz iterations, which need the full matrix: by torch's Muon, by
-the kernel that the table of kernels names, or in fp32 on a CPU that cannot multiply in bfloat16.
+the kernel that the table of kernels names, or by iterations of our own on a CPU.
 Embeddings, the output layer and vectors take AdamW at the same learning rate: by default Muon's step is scaled by
 0.2 sqrt(max(rows, columns)), which gives it the size of an AdamW step (arXiv:2502.16982, equation 4). A stacked weight,
 such as queries, keys and values, is one matrix unless an option says otherwise.
@@ -19,7 +19,7 @@ import torch
 from torch.nn import Parameter
 
 from megatron.distributed.param_attrs import expert_count, head_layout, is_embedding_like, no_weight_decay
-from megatron.kernels.fp32_newton_schulz import cpu_iterations
+from megatron.kernels.cpu_newton_schulz import cpu_iterations
 from megatron.kernels.newton_schulz import STANDARD, orthogonalize
 from megatron.optim.adam import BETAS, EPS
 from megatron.optim.builder_args import Groups, OptimizerArgs

@@ -76,14 +76,19 @@ class PieceMuon(torch.optim.Muon):
         update = self._momentum(parameter, gradient, group)
         pieces = self._pieces_of(parameter)
         found = coefficients(self._options.ns_coefficients, group["ns_steps"])
-        parts = [self._iterations(part, found).to(parameter.dtype) for part in pieces.split(update)]
-        if self._options.row_beta is None:
-            step = pieces.join([part.mul_(_scale(part, group["adjust_lr_fn"])) for part in parts])
-        else:
-            normalized = pieces.split(self._by_rows(parameter, pieces.join(parts), self._options.row_beta))
+        parts = [self._iterations(part, found) for part in pieces.split(update)]
+        factor = 1.0
+        if self._options.row_beta is not None:
+            joined = pieces.join([part.to(parameter.dtype) for part in parts])
+            normalized = pieces.split(self._by_rows(parameter, joined, self._options.row_beta))
             step = pieces.join([_to_size(part) for part in normalized])
+        elif pieces.sizes == ((1, len(parameter)),):
+            step = parts[0][0]
+            factor = _scale(step, group["adjust_lr_fn"])
+        else:
+            step = pieces.join([part.to(parameter.dtype) * _scale(part, group["adjust_lr_fn"]) for part in parts])
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parameter.add_(step, alpha=-group["lr"])
+        parameter.add_(step, alpha=-group["lr"] * factor)
 
     def _momentum(self, parameter: Parameter, gradient: Tensor, group: dict[str, Any]) -> Tensor:
         """Updates the momentum. Returns it, or with Nesterov's look ahead its mean with the gradient."""

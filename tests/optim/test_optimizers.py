@@ -16,7 +16,7 @@ from torch.nn import Parameter
 
 from megatron.distributed.mesh import Topology
 from megatron.distributed.param_attrs import mark_embedding_like, mark_no_weight_decay
-from megatron.kernels import fp32_newton_schulz
+from megatron.kernels import cpu_newton_schulz
 from megatron.optim.builder_args import AveragingOptimizer, OptimizerArgs
 from megatron.optim.param_groups import parameter_groups
 from megatron.optim.state_io import read_state, write_state
@@ -211,7 +211,7 @@ def test_fifty_steps_follow_the_formula(name: str, settings: dict[str, Any], upd
 
 
 def test_muon_is_torch_s_for_matrices_and_adamw_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fp32_newton_schulz, "needs_fp32_matmul", lambda *_: False)  # as where a CPU has bfloat16
+    monkeypatch.setattr(cpu_newton_schulz, "needs_fp32_matmul", lambda *_: False)  # as where a CPU has bfloat16
     matrix, table, vector = ours("muon", ADAM)
     params = parameters()
     muon = torch.optim.Muon(params[:1], lr=LR, weight_decay=DECAY, adjust_lr_fn="match_rms_adamw")

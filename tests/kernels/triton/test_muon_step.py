@@ -11,7 +11,7 @@ from torch.nn import Parameter
 
 from megatron.config import Resources, resolve
 from megatron.distributed.mesh import Topology
-from megatron.kernels import fp32_newton_schulz
+from megatron.kernels import cpu_newton_schulz
 from megatron.kernels import newton_schulz as plain
 from megatron.kernels.newton_schulz import COEFFICIENTS
 from megatron.kernels.triton.newton_schulz import NEWTON_SCHULZ
@@ -89,15 +89,13 @@ def test_steps_are_those_of_torch_and_of_float64(settings: dict[str, Any]) -> No
         assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
-@pytest.mark.parametrize("lacks", [True, False])
-def test_without_a_kernel_torch_s_muon_runs_where_the_cpu_has_bfloat16(
-    lacks: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(fp32_newton_schulz, "needs_fp32_matmul", lambda *_: lacks)
+@pytest.mark.parametrize("found", [cpu_newton_schulz.bf16_orthogonalize, None])
+def test_without_a_kernel_torch_s_muon_runs_off_the_cpu(found: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(muon, "cpu_iterations", lambda _: found)
     for kernel in (None, plain.NEWTON_SCHULZ):
         optimizer, _ = stepped(kernel, {})
         inner = optimizer._inner  # type: ignore[attr-defined]
-        assert any(isinstance(one, PieceMuon) for one, _ in inner) == lacks
+        assert any(isinstance(one, PieceMuon) for one, _ in inner) == (found is not None)
 
 
 def test_a_parameter_without_a_gradient_stays() -> None:
