@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron.checkpoint.format import files, layout
 from megatron.checkpoint.format.metadata import public_facts
-from megatron.checkpoint.format.optimizer_shards import pad_rows
+from megatron.checkpoint.format.optimizer_shards import VOCABULARY, pad_rows
 from megatron.checkpoint.format.weight_shards import key_of
 from megatron.checkpoint.huggingface import safetensors_format
 from megatron.checkpoint.huggingface.model_folder import Folder
@@ -91,7 +91,9 @@ def adopt(
 
     def full_tensor(shape: TensorShape) -> Tensor:
         shards = [own[key_of(shape)]] if key_of(shape) in own else weights.shards(key_of(shape))
-        tensor = pad_rows(shape, assemble(as_stored(shape, shards, 1), shards, summed=False))
+        tensor = assemble(as_stored(shape, shards, 1), shards, summed=False)
+        if shape.kind in VOCABULARY and tensor.dim() > 0:
+            tensor = pad_rows(shape, tensor)
         if tuple(tensor.shape) != shape.shape:
             raise RunError.of(
                 f"tensor {key_of(shape)} has shape {list(tensor.shape)}, config.json asks for {list(shape.shape)}",

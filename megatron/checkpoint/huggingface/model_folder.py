@@ -90,6 +90,8 @@ class Folder:
             raise ConfigError.of("this is no object", location=location)
         family = family_of(config, location)
         ConfigError.raise_any(_changes_weights(path, config))
+        if not family.encoder:
+            _refuse_later_tokens(config, location)
         sources = unpacked(_sources(path, family.spare))
         return Folder(path, completed(config, family.model_type, location), family, sources)
 
@@ -168,12 +170,17 @@ class FolderWeights:
         return set(self.table)
 
     def shards(self, key: str) -> list[Tensor]:
-        """The one tensor. RunError when two tensors that must be equal are not."""
+        """The one tensor. RunError when two tensors that must be equal are not, or when parts of it do not fit."""
         row, sources = self.table[key]
         parts = [source() for source in sources]
         if row.copies and not all(part.equal(parts[0]) for part in parts):
             raise RunError.of(f"{' and '.join(row.theirs)} differ", location=str(self.directory))
-        return [row.together(parts)]
+        try:
+            return [row.together(parts)]
+        except (RuntimeError, IndexError, ValueError) as error:  # of torch, where a shape is not that of config.json
+            found = ", ".join(f"{name} {list(part.shape)}" for name, part in zip(row.theirs, parts, strict=True))
+            what = f"the shapes are not those that {CONFIG} asks for: {found}"
+            raise RunError.of(what, location=str(self.directory), hint=f"compare {CONFIG} with the weights") from error
 
 
 def _named(folder: Folder, further: int) -> dict[str, Source]:
@@ -249,6 +256,13 @@ def _changes_weights(path: Path, config: dict[str, Any]) -> Iterator[ConfigIssue
     if (path / ADAPTER).is_file():
         what = "transformers puts this adapter on top of the weights, which is not done here"
         yield ConfigIssue(what, location=str(path / ADAPTER), hint="merge it with peft, or take it out of the folder")
+
+
+def _refuse_later_tokens(config: dict[str, Any], location: str) -> None:
+    """Raises ConfigError where transformers would let a token attend to those behind it."""
+    if not config.get("is_causal", True):
+        what = "transformers attends to later tokens as well then, and only causal attention can be taken over"
+        raise ConfigError.of(what, key="is_causal", value=config["is_causal"], location=location)
 
 
 def _wrapped(lacked: list[str], folder: Folder) -> list[ConfigIssue]:

@@ -180,7 +180,7 @@ def take_updates(
         if meant and _first(one, both, family) in named:
             updates[one] = _fused_updates(one, both, named, settings, family)
         elif len(parts[0].theirs) > 1:
-            updates[one] = _single_updates(parts, named, settings, family)
+            updates[one] = _single_updates(one, parts, named, settings, family)
     updates = {one: experts for one, experts in updates.items() if experts}
     if updates:
         _refuse_unlike_peft(settings)
@@ -226,7 +226,11 @@ def _fused_updates(
 
 
 def _single_updates(
-    parts: Sequence[TensorMapping], named: dict[str, Tensor], settings: PeftSettings, family: ModelFamily
+    one: FusedMatrix,
+    parts: Sequence[TensorMapping],
+    named: dict[str, Tensor],
+    settings: PeftSettings,
+    family: ModelFamily,
 ) -> dict[int, ExpertUpdate]:
     """The updates of experts whose matrices are linear layers of their own; halves that share A keep its rank."""
     found = {}
@@ -238,6 +242,9 @@ def _single_updates(
             if down is None or up is None:
                 pairs.append(None)
                 continue
+            if (len(up), down.shape[1]) != (one.outputs, one.inputs):
+                what = f"the update of {module} is A {list(down.shape)} and B {list(up.shape)}"
+                raise RunError.of(f"{what}, and the matrix of the model is {[one.outputs, one.inputs]}")
             pairs.append((down.float(), up.float() * settings.factor(family.module_name(module), len(down))))
             if settings.magnitudes:
                 _refuse_unlike_peft(settings)

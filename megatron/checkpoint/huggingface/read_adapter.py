@@ -165,6 +165,14 @@ def _require_rank(module: str, rank: int, declared: int) -> None:
         )
 
 
+def _require_size(module: str, update: _Update, size: Sequence[int]) -> None:
+    """Raises RunError where an update is not of a matrix of this size. size: (out, in)."""
+    if (len(update.up), update.down.shape[1]) != tuple(size):
+        shapes = f"A {list(update.down.shape)} and B {list(update.up.shape)}"
+        what = f"the update of {module} is {shapes}, and the matrix of the model is {list(size)}"
+        raise RunError.of(what, location=CONFIG, hint="give the model that the adapter was trained on (base_model)")
+
+
 def _joined(updates: Sequence[_Update]) -> list[Tensor]:
     """Returns the matrices A that an adapter of ours needs for these updates: one where they share it."""
     first = updates[0].down
@@ -192,6 +200,9 @@ def _factors(
         shapes = [folder.tensors[_stored(name, folder)]().shape for name in row.theirs]
         sizes = [shape[::-1] if row.turned else shape for shape in shapes]  # [out, in] of each of theirs
         updates = modules.get(module, {})
+        for name, size in zip(row.theirs, sizes, strict=True):
+            if name in updates:
+                _require_size(name.removesuffix(".weight"), updates[name], size)
         downs = _joined(list(updates.values())) if updates else []
         down = random_down(module, asked.rank, sizes[0][1])
         ups = [torch.zeros(out, asked.rank) for out, _ in sizes]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from megatron.checkpoint.huggingface.export_model import export
@@ -151,6 +152,61 @@ def test_tensors_that_do_not_fit_are_named(tmp_path: Path) -> None:
     other = Folder.open(change(tmp_path / "theirs", num_hidden_layers=2, intermediate_size=80))
     with pytest.raises(RunError, match=r"linear1\.weight has shape \[176, 64\], config\.json asks for \[160, 64\]"):
         adopt(other, tmp_path / "ours")
+
+
+def reshaped(folder: Path, name: str, values: torch.Tensor) -> Folder:
+    stored = weights_of(folder)
+    (path,) = folder.glob("*.safetensors")
+    save_file({**stored, name: values.contiguous()}, path)
+    return Folder.open(folder)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "reported"),
+    [
+        (
+            "self_attn.o_proj",
+            r"tensor 2\.attention\.dense\.weight has shape \[40, 64\], config\.json asks for \[64, 64\]",
+        ),
+        ("mlp.up_proj", r"linear1\.weight has shape"),
+        ("mlp.down_proj", r"linear2\.weight has shape \[40, "),
+        ("input_layernorm", r"input_layernorm\.scale has shape \[40\], config\.json asks for \[64\]"),
+    ],
+)
+def test_tensors_with_too_few_rows_are_named(tensor: str, reported: str, tmp_path: Path) -> None:
+    save("llama, grouped, biases", tmp_path / "theirs")
+    name = f"model.layers.0.{tensor}.weight"
+    cut = weights_of(tmp_path / "theirs")[name][:40]
+    with pytest.raises(RunError, match=reported):
+        adopt(reshaped(tmp_path / "theirs", name, cut), tmp_path / "ours")
+    assert not list(tmp_path.glob("ours/global_step*"))
+
+
+@pytest.mark.parametrize(
+    ("model", "tensor", "values"),
+    [
+        ("llama, grouped, biases", "self_attn.k_proj", torch.zeros(64, 32)),
+        ("llama, as many kv heads", "self_attn.k_proj", torch.zeros(32, 64)),
+        ("llama, grouped, biases", "input_layernorm", torch.tensor(1.0)),
+    ],
+)
+def test_tensors_that_do_not_fit_together_are_named(
+    model: str, tensor: str, values: torch.Tensor, tmp_path: Path
+) -> None:
+    save(model, tmp_path / "theirs")
+    name = f"model.layers.0.{tensor}.weight"
+    shape = re.escape(str(list(values.shape)))
+    with pytest.raises(RunError, match=rf"{tensor}.* {shape}"):
+        adopt(reshaped(tmp_path / "theirs", name, values), tmp_path / "ours")
+
+
+@pytest.mark.parametrize("name", ["llama, grouped, biases", "neox", "qwen3"])
+@pytest.mark.parametrize("value", [False, None])
+def test_attention_to_later_tokens_is_refused(name: str, value: object, tmp_path: Path) -> None:
+    save(name, tmp_path / "theirs")
+    with pytest.raises(ConfigError, match=rf"is_causal = {value}: transformers attends to later tokens"):
+        Folder.open(change(tmp_path / "theirs", is_causal=value))
+    Folder.open(change(tmp_path / "theirs", is_causal=True))
 
 
 NEOX = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "seq_length": 64, "pos_emb": "rotary"}

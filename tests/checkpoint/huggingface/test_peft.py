@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import pytest
 import torch
 from peft import PeftModel
@@ -82,7 +83,11 @@ class Case:
         kind = self.added.get("lora", {}).get("base")
         if kind is not None:
             few = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_compute_dtype=torch.float32)
-            return AutoModelForCausalLM.from_pretrained(self.folder / "theirs", quantization_config=few).eval()
+            loaded = AutoModelForCausalLM.from_pretrained(self.folder / "theirs", quantization_config=few).eval()
+            for module in loaded.modules():
+                if isinstance(module, bitsandbytes.nn.Linear4bit):  # with AVX-512 it would multiply in bfloat16
+                    module.support_avx512bf16_for_cpu = False
+            return loaded
         model = make(self.name)
         if self.new:
             model.resize_token_embeddings(VOCABULARY + self.new, mean_resizing=False)

@@ -309,6 +309,30 @@ def test_another_rank_than_the_file_says_is_refused(tmp_path: Path) -> None:
         ours(tmp_path)
 
 
+@pytest.mark.parametrize("part", ["lora_A", "lora_B"])
+def test_an_adapter_of_a_model_of_another_size_is_refused(part: str, tmp_path: Path) -> None:
+    write(LLAMA, tmp_path, **CASES["queries and values"][1])
+    path = tmp_path / "adapter" / WEIGHTS
+    stored = load_file(path)
+    name = f"base_model.model.model.layers.1.self_attn.v_proj.{part}.weight"
+    stored[name] = torch.cat([stored[name]] * 2, int(part == "lora_A"))
+    save_file(stored, path)
+    with pytest.raises(
+        RunError, match=r"update of model\.layers\.1\.self_attn\.v_proj is A .* B .* matrix of the model is"
+    ):
+        ours(tmp_path)
+
+
+def test_an_adapter_of_other_experts_is_refused(tmp_path: Path) -> None:
+    write_experts_apart(tmp_path)
+    path = tmp_path / "adapter" / WEIGHTS
+    stored = load_file(path)
+    name = next(name for name in sorted(stored) if ".experts." in name and name.endswith("lora_B.weight"))
+    save_file({**stored, name: stored[name][:-1].contiguous()}, path)
+    with pytest.raises(RunError, match=r"the update of .*experts\.0\.w1 is A .* B .* matrix of the model is"):
+        ours(tmp_path)
+
+
 def test_updates_of_other_matrices_are_named(tmp_path: Path) -> None:
     write(LLAMA, tmp_path, **CASES["queries and values"][1])
     path = tmp_path / "adapter" / "adapter_model.safetensors"
