@@ -260,6 +260,11 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
     (1, {"master_port": 99999}, "master_port = 99999: a port is between 1 and 65535"),
     (1, {"eos_token_ids": [3, -1]}, "eos_token_ids = [3, -1]: a token's id cannot be negative"),
     (1, {"serve_port": 0}, "serve_port = 0: a port is between 1 and 65535"),
+    (
+        1,
+        {"save": "runs/d_\udce9"},
+        "save = 'runs/d_\\udce9': it holds bytes that are not UTF-8; rename the file or folder",
+    ),
     (1, {"num_nodes": 0}, "num_nodes = 0: it must be more than 0, or -1 for all"),
     (1, {"num_gpus": -2}, "num_gpus = -2: it must be more than 0, or -1 for all"),
     (

@@ -83,10 +83,39 @@ def test_every_full_line_before_damage_is_retained(tmp_path, records, suffix, da
         record.encode() + b"\n" for record in records[:full]
     )
     reported = [block.lost[0] for block in blocks if block.lost is not None]
-    # What follows the end of bzip2's and xz's data is nothing to their readers, and what follows a tar's end neither.
-    assert reported == ["damaged"] or (
-        reported == [] and full == len(records) and damage in ("cut by a byte", "junk behind it")
+    assert reported == ["damaged"] or (  # what follows the end of a tar is not read
+        archive and reported == [] and full == len(records) and damage in ("cut by a byte", "junk behind it")
     )
+
+
+STREAMS = {
+    ".bz2": (bz2.compress, b""),
+    ".xz": (lzma.compress, b""),
+    ".bz2, padded": (bz2.compress, b"\0" * 512),
+    ".xz, padded": (lzma.compress, b"\0" * 4),
+    ".xz, padded over blocks": (lzma.compress, b"\0" * (1 << 18)),
+}
+
+
+@pytest.mark.parametrize("case", STREAMS)
+def test_streams_one_after_another_are_all_read(tmp_path, case):
+    compress, padding = STREAMS[case]
+    lines = [json.dumps({"text": name}).encode() + b"\n" for name in ("one", "two", "three")]
+    path = tmp_path / f"lines.jsonl{case.partition(',')[0]}"
+    path.write_bytes(b"".join(compress(line) + padding for line in lines))
+    blocks = list(read_blocks(find_text_files([str(path)])))
+    assert b"".join(block.content for block in blocks) == b"".join(lines)
+    assert [block.lost for block in blocks if block.lost is not None] == []
+
+
+@pytest.mark.parametrize("suffix", [".bz2", ".xz"])
+def test_a_damaged_start_of_a_later_stream_is_reported(tmp_path, suffix):
+    first, second = (PACK[suffix](json.dumps({"text": name}).encode() + b"\n") for name in ("one", "two"))
+    path = tmp_path / f"lines.jsonl{suffix}"
+    path.write_bytes(first + bytes([second[0] ^ 1]) + second[1:])
+    blocks = list(read_blocks(find_text_files([str(path)])))
+    assert b"".join(block.content for block in blocks if block.lost is None) == b'{"text": "one"}\n'
+    assert [block.lost[0] for block in blocks if block.lost is not None] == ["damaged"]
 
 
 @pytest.mark.parametrize("suffix", PACKED)

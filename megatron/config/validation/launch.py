@@ -1,8 +1,9 @@
-"""Rules for ports, hosts and the launcher."""
+"""Rules for ports, hosts, the launcher, and what workers are given."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 
 from megatron.config.config import Config
 from megatron.errors import ConfigIssue
@@ -14,6 +15,17 @@ def ports_are_ports(config: Config) -> Iterator[ConfigIssue]:
         port = getattr(section, name)
         if not 0 < port < 1 << 16:
             yield ConfigIssue("a port is between 1 and 65535", key=name, value=port)
+
+
+def texts_are_unicode(config: Config) -> Iterator[ConfigIssue]:
+    """Workers get the configuration as UTF-8, which a file name of other bytes has no place in."""
+    for key, value in config.flat().items():
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            shown = list(value) if isinstance(value, Mapping) else value  # of files their names, not their text
+            hint = "rename the file or folder, or give a link to it"
+            yield ConfigIssue("it holds bytes that are not UTF-8", key=key, value=shown, hint=hint)
 
 
 def hosts_are_counted(config: Config) -> Iterator[ConfigIssue]:

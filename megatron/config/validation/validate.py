@@ -84,6 +84,7 @@ RULES: tuple[Rule, ...] = (
     training.tokenizer_was_not_moved,
     training.eos_tokens_are_ids,
     launch.ports_are_ports,
+    launch.texts_are_unicode,
     launch.hosts_are_counted,
     launch.one_launcher_is_named,
     layout.pipeline_limits_zero,

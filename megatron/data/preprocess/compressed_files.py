@@ -14,7 +14,7 @@ import lzma
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 from megatron.errors import ConfigError
@@ -114,12 +114,59 @@ class _Member:
 @contextlib.contextmanager
 def decompressed(name: str, compression: str, raw: IO[bytes]) -> Iterator[Salvaged]:
     """The content of a file or a member. name: for messages. Raises ConfigError where .zst cannot be read."""
-    readers: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-    if compression in readers:
-        with readers[compression](raw) as stream:
+    if compression == ".gz":
+        with gzip.open(raw) as stream:
             yield Salvaged(stream)
+    elif compression in _STREAMS:
+        reader: Any = _Streams(raw, _STREAMS[compression])
+        yield Salvaged(io.BufferedReader(reader, AT_ONCE))
     else:
         yield Salvaged(_zstandard(name, raw) if compression == ".zst" else raw)
+
+
+_STREAMS: dict[str, Callable[[], Any]] = {".bz2": bz2.BZ2Decompressor, ".xz": lzma.LZMADecompressor}
+
+
+class _Streams(io.RawIOBase):
+    """Streams of xz or bzip2 one after another, zeros between them and at the end being padding (.xz format, 2.2).
+
+    The readers of the standard library take whatever begins no stream for the end of the file, padding too, and say
+    nothing; this one raises what the decompressor says of it.
+    """
+
+    def __init__(self, raw: IO[bytes], make: Callable[[], Any]) -> None:
+        self._raw, self._make = raw, make
+        self._stream = make()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: bytearray) -> int:  # type: ignore[override]
+        while True:
+            data = b""
+            if self._stream.eof:
+                data = self._next_stream()
+                if not data:
+                    return 0
+                self._stream = self._make()
+            elif self._stream.needs_input:
+                data = self._raw.read(AT_ONCE)
+                if not data:
+                    raise EOFError("compressed file ended before the end of its last stream")
+            found: bytes = self._stream.decompress(data, len(buffer))
+            if found:
+                buffer[: len(found)] = found
+                return len(found)
+
+    def _next_stream(self) -> bytes:
+        """Returns the first bytes behind the stream that are no padding; none at the end of the file."""
+        data: bytes = self._stream.unused_data.lstrip(b"\0")
+        while not data:
+            chunk = self._raw.read(AT_ONCE)
+            if not chunk:
+                break
+            data = chunk.lstrip(b"\0")
+        return data
 
 
 def _zstandard(name: str, raw: IO[bytes]) -> IO[bytes]:

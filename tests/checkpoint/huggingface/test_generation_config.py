@@ -7,6 +7,7 @@ import torch
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 from megatron.checkpoint.huggingface.generation_config import generation_of, sampling, unheeded
+from megatron.errors import ConfigError
 from megatron.inference.sampling import Sampling, distribution, penalised
 
 MODEL = GPT2LMHeadModel(GPT2Config(vocab_size=60, n_embd=8, n_layer=1, n_head=1, n_positions=8))
@@ -107,3 +108,9 @@ def test_config_json_alone_says_nothing_but_generation(tmp_path):
     said = generation_of(tmp_path, config)
     assert said == {"min_length": 3, "do_sample": True, "eos_token_id": 2}
     assert unheeded(said) == ["min_length = 3"]
+
+
+def test_a_file_that_is_no_object_is_named(tmp_path):
+    (tmp_path / "generation_config.json").write_text("[1]")
+    with pytest.raises(ConfigError, match=r"generation_config\.json: this is no object"):
+        generation_of(tmp_path, {})
