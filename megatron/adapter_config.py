@@ -20,6 +20,12 @@ EXPERTS_IN, EXPERTS_OUT = "experts_h_to_4h", "experts_4h_to_h"
 """The targets of experts: one A and one B for each of a block. `all` does not name them."""
 EXPERTS = "experts"
 """Short for both."""
+SHARED_IN, SHARED_OUT = "shared_h_to_4h", "shared_4h_to_h"
+"""The targets of the experts that every token goes through. `all` does not name them."""
+SHARED = "shared_experts"
+"""Short for both."""
+SHORT = {EXPERTS: (EXPERTS_IN, EXPERTS_OUT), SHARED: (SHARED_IN, SHARED_OUT)}
+"""Name that stands for several targets -> these."""
 TARGETS = {
     "query_key_value": ("attention.query_key_value",),
     "output_gate": ("attention.output_gate",),
@@ -28,6 +34,8 @@ TARGETS = {
     "dense_4h_to_h": ("mlp.linear2",),
     EXPERTS_IN: ("mlp.experts.mlp.w1", "mlp.experts.mlp.w3"),
     EXPERTS_OUT: ("mlp.experts.mlp.w2",),
+    SHARED_IN: ("mlp.shared_experts.linear1",),
+    SHARED_OUT: ("mlp.shared_experts.linear2",),
     IN_PROJ: ("mixer.in_proj", "attention.in_proj"),
     OUT_PROJ: ("mixer.out_proj",),
 }
@@ -154,9 +162,8 @@ def targets(block: Block) -> list[str]:
     """Returns the targets of a `lora` block by their names in TARGETS; query_key_value by default."""
     given = block.get("targets") or "query_key_value"
     listed = [given] if isinstance(given, str) else list(given)
-    if EXPERTS in listed:
-        listed = [name for name in listed if name != EXPERTS] + [EXPERTS_IN, EXPERTS_OUT]
-    special = (GATE, IN_PROJ, OUT_PROJ, EXPERTS_IN, EXPERTS_OUT)
+    listed = [full for name in listed for full in SHORT.get(name, (name,))]
+    special = (GATE, IN_PROJ, OUT_PROJ, EXPERTS_IN, EXPERTS_OUT, SHARED_IN, SHARED_OUT)
     every = [name for name in TARGETS if name not in special or name in listed]
     return every if ALL in listed else [ALIASES.get(name, name) for name in listed]
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 
-from megatron.adapter_config import EXPERTS_IN, EXPERTS_OUT, IN_PROJ, MODULES, OUT_PROJ
+from megatron.adapter_config import EXPERTS_IN, EXPERTS_OUT, IN_PROJ, MODULES, OUT_PROJ, SHARED_IN, SHARED_OUT
 from megatron.output_blocks import rows_of_a_block
 from megatron.param_table import LatentDims, ModelDims
 from megatron.param_table.blocks import block_tensors
@@ -180,7 +180,9 @@ def _between(dims: ModelDims, block: int) -> int:
     attention = dims.saves_input("query_key_value") or (dims.output_gate and dims.saves_input("output_gate"))
     if dims.kind(block) == GATED_DELTA_NET:
         attention = dims.saves_input(IN_PROJ)
-    mlp = dims.saves_input("dense_h_to_4h") and not (dims.frozen and dims.has_experts(block))
+    mlp = dims.saves_input("dense_h_to_4h")
+    if dims.frozen and dims.has_experts(block):
+        mlp = dims.mixture.shared_width > 0 and dims.saves_input(SHARED_IN)
     return int(attention or mlp) if dims.shared_norm else int(attention) + int(mlp)
 
 
@@ -201,6 +203,8 @@ def _updates(dims: ModelDims, layout: ActivationLayout, block: int) -> int:
         widths |= {"output_gate": dims.hidden_size} if dims.output_gate else {}
     if dims.kind(block) not in WITHOUT_MLP and not dims.has_experts(block):
         widths |= {"dense_h_to_4h": dims.hidden_size, "dense_4h_to_h": dims.mlp_width // layout.model_parallel_size}
+    if dims.has_experts(block) and dims.mixture.shared_width:
+        widths |= {SHARED_IN: dims.hidden_size, SHARED_OUT: dims.mixture.shared_width // layout.model_parallel_size}
     inputs = [width for name, width in widths.items() if name in adapter.targets]
     saved = len(inputs) * adapter.rank * layout.width
     if adapter.magnitudes:
@@ -271,7 +275,7 @@ def _experts(dims: ModelDims, layout: ActivationLayout) -> int:
     features += _mlp_width(dims, layout, dims.expert_width, EXPERTS_OUT)
     features += 0 if adapter is None else adapter.rank * len({EXPERTS_IN, EXPERTS_OUT} & set(adapter.targets))
     router = 0 if layout.width == FP32 or dims.frozen else dims.hidden_size * FP32
-    shared = _mlp_width(dims, layout, mixture.shared_width, "") + dims.hidden_size * mixture.shared_gate
+    shared = _mlp_width(dims, layout, mixture.shared_width, SHARED_OUT) + dims.hidden_size * mixture.shared_gate
     saved = visits * features * layout.width + layout.tokens * (router + 4 * mixture.experts * FP32)
     return saved + (layout.tokens * shared * layout.width if mixture.shared_width else 0)
 

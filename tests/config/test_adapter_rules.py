@@ -63,6 +63,11 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
         "[query_key_value, dense], and experts for updates of these",
     ),
     (1, {"lora": {"rank": 4, "targets": "experts"}}, "no block has experts (moe_num_experts); leave experts out"),
+    (
+        1,
+        {"lora": {"rank": 4, "targets": "shared_experts"}, "moe_num_experts": 4},
+        "no block has a shared_h_to_4h (moe_shared_expert_intermediate_size); leave shared_experts out of targets",
+    ),
     *[
         (
             1,

@@ -38,6 +38,14 @@ EXPERTS: Keys = {
     "moe_router_type": "topk",
     "lora": {"rank": 4, "alpha": 16, "targets": ["query_key_value", "dense", "experts"]},
 }
+SHARED: Keys = {
+    **EXPERTS,
+    "activation": "swiglu",
+    "mlp_multiple_of": 8,
+    "moe_shared_expert_intermediate_size": 48,
+    "moe_shared_expert_gate": True,
+    "lora": {"rank": 4, "alpha": 16, "targets": ["dense", "shared_experts"]},
+}
 MIXERS = "updates, mamba2 and gated delta nets"
 """These need sequences in order, and the cases of one world share their order, which is a ring's in RING."""
 CASES: dict[str, Keys] = {
@@ -56,6 +64,8 @@ CASES: dict[str, Keys] = {
         "linear_value_head_dim": 16,
     },
     "updates of experts, gated": {**EXPERTS, "activation": "swiglu", "mlp_multiple_of": 8},
+    "updates of shared experts": SHARED,
+    "norms of rows of shared experts": {**SHARED, "lora": {**SHARED["lora"], "dora": True}},
     "updates of 4 bits": {"lora": {**UPDATES["lora"], "base": "nf4"}, "hidden_size": 128},
     "updates of experts of 8 bits": {
         **EXPERTS,
@@ -76,6 +86,7 @@ DROPPED: Keys = {"lora": {"rank": 4, "targets": "all", "dropout": 0.2}}
 MEMBERS: dict[str, Keys] = {
     "updates": UPDATES,
     "updates, experts": EXPERTS,
+    "updates, shared experts": SHARED,
     "updates, mamba": {**UPDATES, "attention_config": [[["mamba", "global"], "all"]], "norm": "layernorm"},
     "prompt": PROMPT,
     "prompt, rwkv": {

@@ -91,6 +91,23 @@ CASES: dict[str, dict[str, Any]] = {
     "updates, llama": {**LLAMA, "lora": {"rank": 8, "targets": ["dense", "dense_4h_to_h"]}},
     "updates, experts": {**EXPERTS, "lora": {"rank": 8, "targets": ["query_key_value"]}},
     "updates of experts": {**LLAMA, **EXPERTS, **SHARED, "lora": {"rank": 8, "targets": ["dense", "experts"]}},
+    "updates of shared experts": {
+        **EXPERTS,
+        **SHARED,
+        "moe_shared_expert_intermediate_size": 512,
+        "lora": {"rank": 8, "targets": ["query_key_value", "shared_experts"]},
+    },
+    "updates of shared experts' outputs": {
+        **LLAMA,
+        **EXPERTS,
+        **SHARED,
+        "lora": {"rank": 8, "dropout": 0.1, "targets": ["dense", "shared_4h_to_h"]},
+    },
+    "norms of shared experts": {
+        **EXPERTS,
+        **SHARED,
+        "lora": {"rank": 8, "dora": True, "targets": ["query_key_value", "shared_experts"]},
+    },
     "updates of experts' outputs": {**EXPERTS, "lora": {"rank": 8, "targets": ["experts_4h_to_h"]}},
     "updates, mamba": {
         "attention_config": [[["mamba"], "all"]],

@@ -90,9 +90,11 @@ def export_adapter(
     if updates is not None:
         experts = fused_matrices(family, dims)
         promises = list(_factors(stored, family, dims, dtype))
-        settings = _lora(updates, promises, turned=any(row.turned for row in family.table(dims)))
+        turned = any(row.turned for row in family.table(dims))
+        settings = _lora(updates, promises, turned=turned, mixed=dims.mixture.experts > 1)
         if updates.of_experts:
-            settings["target_parameters"] = target_parameters(experts, updates)
+            named = {*settings.get("target_parameters", ()), *target_parameters(experts, updates)}
+            settings["target_parameters"] = sorted(named)
             promises += expert_promises(stored, experts, updates, dtype)
         settings |= saved.settings(family, dims)
         promises += saved.promises(family, dims, asked)
@@ -158,20 +160,42 @@ def _norms(stored: StoredModel, row: TensorMapping, shape: TensorShape, part: in
     return _rows(row, stored.full_tensor(shape, precise=dtype == torch.float32).unsqueeze(1))[part].squeeze(1)
 
 
-def _lora(asked: LowRank, promises: list[Promise], *, turned: bool) -> dict[str, Any]:
-    """modules: by their place in a block, since all blocks have the same."""
+_TAKEN_FOR_EXPERTS = frozenset({"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
+"""Modules whose names peft 0.21 takes for matrices of routed experts in a model that has experts, wherever they are."""
+
+
+def _lora(asked: LowRank, promises: list[Promise], *, turned: bool, mixed: bool) -> dict[str, Any]:
+    """Returns adapter_config.json's settings. Names are those in a block, since all blocks have the same.
+
+    ConfigError for norms of rows of a matrix that peft reaches by its parameter alone.
+
+    Args:
+        asked: The updates.
+        promises: Their tensors.
+        turned: Whether the model stores matrices as [in, out].
+        mixed: Whether the model has experts.
+    """
     inside = {
         re.sub(r"^base_model\.model\..*?\.\d+\.|\.lora_([AB]\.weight|magnitude_vector)$", "", promise.name)
         for promise in promises
     }
+    apart = {name for name in inside if mixed and name.rpartition(".")[2] in _TAKEN_FOR_EXPERTS}
+    if apart and asked.magnitudes:
+        raise ConfigError.of(
+            f"peft has no norms of rows (dora) for {', '.join(sorted(apart))} in a model with experts",
+            key="lora",
+            hint="leave --adapter-only out to convert the whole model",
+        )
+    parameters = {"target_parameters": sorted(f"{name}.weight" for name in apart)} if apart else {}
     return {
         "peft_type": "LORA",
         "r": asked.rank,
         "lora_alpha": asked.alpha,
         "use_rslora": asked.rank_stabilized,
         "use_dora": asked.magnitudes,
-        "lora_dropout": asked.dropout,
-        "target_modules": sorted(inside),
+        "lora_dropout": 0.0 if apart else asked.dropout,  # peft has no dropout for parameters
+        "target_modules": sorted(inside - apart),
+        **parameters,
         "fan_in_fan_out": turned,
         "bias": "none",
     }

@@ -9,13 +9,15 @@ from typing import Any
 from megatron.adapter_config import (
     ALIASES,
     ALL,
-    EXPERTS,
     EXPERTS_IN,
     EXPERTS_OUT,
     GATE,
     IN_PROJ,
     OUT_PROJ,
     SAVED,
+    SHARED_IN,
+    SHARED_OUT,
+    SHORT,
     TARGETS,
     enabled,
     low_rank,
@@ -72,6 +74,8 @@ def derive_lora(
         "dense_4h_to_h": fed,
         EXPERTS_IN: EXPERTS_IN in asked,
         EXPERTS_OUT: EXPERTS_OUT in asked,
+        SHARED_IN: SHARED_IN in asked,
+        SHARED_OUT: SHARED_OUT in asked,
         IN_PROJ: found & WITH_IN_PROJ,
         OUT_PROJ: found & WITH_OUT_PROJ,
     }
@@ -131,8 +135,8 @@ def _targets_error(block: Block) -> str | None:
     if not unknown:
         return None
     joint = unknown[0].endswith("_proj")  # one of the matrices that transformers keeps apart
-    close = None if joint else nearest_name(unknown[0], [*TARGETS, *ALIASES, EXPERTS, ALL])
-    named = ", ".join((*TARGETS, EXPERTS))
+    close = None if joint else nearest_name(unknown[0], [*TARGETS, *ALIASES, *SHORT, ALL])
+    named = ", ".join((*TARGETS, *SHORT))
     choices = f"{named} (queries, keys and values are one matrix) and {ALL}"
     return f"there is no matrix {unknown[0]}; " + (f"did you mean {close}?" if close else f"the targets are {choices}")
 

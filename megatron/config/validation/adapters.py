@@ -11,6 +11,8 @@ from megatron.adapter_config import (
     HEAD,
     IN_PROJ,
     OUT_PROJ,
+    SHARED_IN,
+    SHARED_OUT,
     TARGETS,
     LowRank,
     low_rank,
@@ -61,8 +63,14 @@ def adapters_have_matrices(config: Config) -> Iterator[ConfigIssue]:
     attends = any(kind not in WITHOUT_ATTENTION for _, kind in listed)
     fed = [number for number, kind in listed if kind not in WITHOUT_MLP]
     yield from _mixers_have_matrices(requested, {kind for _, kind in listed})
-    yield from _experts_take_updates(requested, any(moe.has_experts(number) for number in fed))
-    usual = [name for name in requested.targets if name not in (IN_PROJ, OUT_PROJ, EXPERTS_IN, EXPERTS_OUT)]
+    mixed = any(moe.has_experts(number) for number in fed)
+    yield from _experts_take_updates(requested, mixed)
+    shared = [name for name in requested.targets if name in (SHARED_IN, SHARED_OUT)]
+    if shared and not (mixed and moe.moe_shared_expert_intermediate_size):
+        what = f"no block has a {shared[0]} (moe_shared_expert_intermediate_size)"
+        yield ConfigIssue(what, key="lora", value=requested.block(), hint="leave shared_experts out of targets")
+    apart = (IN_PROJ, OUT_PROJ, EXPERTS_IN, EXPERTS_OUT, SHARED_IN, SHARED_OUT)
+    usual = [name for name in requested.targets if name not in apart]
     if not usual:
         return
     if not attends and not fed and not any(kind in WITH_IN_PROJ for _, kind in listed):

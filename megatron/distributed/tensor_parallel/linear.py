@@ -12,8 +12,12 @@ Shapes: in and out are global widths, t the tensor-parallel degree; leading dime
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from torch import Tensor, nn
 
+from megatron.distributed.collectives import copy_to
 from megatron.distributed.param_init import InitFn, ParamFactory, zeros
 from megatron.distributed.partial_grads import mark_partial_grad
 from megatron.distributed.tensor_parallel.lora import LoraMatrix, LoraSpec, RowMagnitudes, init_lora_a
@@ -46,6 +50,7 @@ class ColumnParallelLinear(nn.Module):
         sections: tuple[int, ...] = (),
         kernel: LinearKernel = plain_linear,
         lora: LoraSpec | None = None,
+        full_sequence: bool = False,
     ) -> None:
         """Creates the parameters ``weight`` [out/t, in] and ``bias`` [out/t].
 
@@ -58,6 +63,7 @@ class ColumnParallelLinear(nn.Module):
             sections: global output widths that are sharded separately (grouped queries, gated MLPs).
             kernel: matrix product.
             lora: LoRA adapter of the layer.
+            full_sequence: true if a caller gathers the sequence, for `of_gathered`.
         """
         super().__init__()
         self.axis = source.axis
@@ -67,7 +73,8 @@ class ColumnParallelLinear(nn.Module):
         self.lora = lora
         if lora is None:
             return
-        down = source.of("lora_A").replicated("weight", (lora.rank, in_features), init_lora_a)
+        every = {"full_sequence": full_sequence}
+        down = source.of("lora_A").replicated("weight", (lora.rank, in_features), init_lora_a, **every)
         self.lora_A = LoraMatrix(down, kernel)
         self.lora_B = ColumnParallelLinear(
             lora.rank,
@@ -93,11 +100,39 @@ class ColumnParallelLinear(nn.Module):
             return self._product(x, self.bias, regather)
         y = self._product(x, None if self.lora.magnitudes else self.bias, regather)
         dropped = self.lora.drop(x, training=self.training, sharded=self.axis.sequence_parallel)
-        change: Tensor = self.lora_B(self.lora.scale * self.lora_A(dropped))
+        change = self.lora_B(self.lora.scale * self.lora_A(dropped))
+        return self._updated(y, change, None if dropped is x else partial(self._product, dropped, None))
+
+    def of_gathered(self, outside: Tensor, inside: Tensor) -> Tensor:
+        """As `forward`, of full sequences [.., in] that a caller has gathered or copied to the ranks -> [.., out/t].
+
+        Args:
+            outside: the input for what every rank computes alike.
+            inside: the same values for what each rank computes a term of.
+        """
+        if self.lora is None:
+            return self.kernel(inside, self.weight, self.bias)
+        y = self.kernel(inside, self.weight, None if self.lora.magnitudes else self.bias)
+        dropped = self.lora.drop(outside, training=self.training, sharded=False)
+        inner = copy_to(self.lora.scale * self.lora_A(dropped), self.axis)
+        change = self.lora_B.kernel(inner, self.lora_B.weight, None)
+        if dropped is outside:
+            return self._updated(y, change, None)
+        return self._updated(y, change, lambda: self.kernel(copy_to(dropped, self.axis), self.weight, None))
+
+    def _updated(self, y: Tensor, change: Tensor, again: Callable[[], Tensor] | None) -> Tensor:
+        """Returns the outputs with the update of the adapter [..., out/t].
+
+        Args:
+            y: x Wᵀ, with the bias where no norms of rows are trained.
+            change: output of the adapter.
+            again: returns the product of the input after dropout; None without dropout.
+        """
+        assert self.lora is not None
         if not self.lora.magnitudes:
             return y + change
         factor = self.lora_magnitude_vector.factor(self.weight, self.lora_A.weight, self.lora_B.weight)
-        product = y if dropped is x else self._product(dropped, None)
+        product = y if again is None else again()
         scaled: Tensor = self.lora_magnitude_vector(y, product, change, factor)
         return scaled if self.bias is None else scaled + self.bias
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron.adapter_config import SHARED_IN, SHARED_OUT
 from megatron.distributed.collectives import copy_to
 from megatron.distributed.param_init import ParamFactory
 from megatron.distributed.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
@@ -33,9 +34,17 @@ class SharedExperts(nn.Module):
             bias=False,
             sections=sections,
             kernel=kernel,
+            lora=spec.lora_specs.get(SHARED_IN),
+            full_sequence=True,
         )
         self.linear2 = RowParallelLinear(
-            width, hidden, source.of("linear2"), init_fn=spec.output_init_fn, bias=False, kernel=kernel
+            width,
+            hidden,
+            source.of("linear2"),
+            init_fn=spec.output_init_fn,
+            bias=False,
+            kernel=kernel,
+            lora=spec.lora_specs.get(SHARED_OUT),
         )
         self.gate = TokenGate(spec, source.of("gate")) if mixture.shared_gate else None
 
@@ -46,7 +55,7 @@ class SharedExperts(nn.Module):
             outside: the tokens for what every rank computes alike.
             inside: the tokens for what each rank computes a term of.
         """
-        inner = self.linear1.kernel(inside, self.linear1.weight, None)  # [n, w/t]
+        inner = self.linear1.of_gathered(outside, inside)  # [n, w/t]
         total = self.linear2.partial(self.activation(inner))  # [n, h]
         return total if self.gate is None else total * copy_to(self.gate(outside), self.axis)
 

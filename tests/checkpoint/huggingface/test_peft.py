@@ -43,6 +43,15 @@ BOTH_NORMS = {"lora": {**NORMS["lora"], "rslora": True, "targets": ["dense", "de
 WITHOUT_OUTPUTS = {"lora": {"rank": 4, "targets": ["query_key_value", "dense", "in_proj", "dense_4h_to_h"]}}
 INPUTS = {"lora": {"rank": 4, "alpha": 12, "targets": ["in_proj"]}}
 EXPERTS = {"lora": {"rank": 4, "alpha": 12, "targets": ["dense", "experts"]}, "moe_aux_loss_coeff": 0.0}
+DENSE = ["dense", "dense_h_to_4h", "dense_4h_to_h"]
+SHARED = {"lora": {"rank": 4, "alpha": 12, "targets": ["dense", "shared_experts"]}, "moe_aux_loss_coeff": 0.0}
+SHARED_AND_DENSE = {"lora": {**SHARED["lora"], "targets": [*DENSE, "shared_experts"]}, "moe_aux_loss_coeff": 0.0}
+SHARED_OUTPUTS = {"lora": {**SHARED["lora"], "targets": ["dense", "shared_4h_to_h"]}, "moe_aux_loss_coeff": 0.0}
+DENSE_OUTPUTS = {
+    "lora": {**SHARED["lora"], "targets": ["dense", "dense_4h_to_h", "shared_4h_to_h"]},
+    "moe_aux_loss_coeff": 0.0,
+}
+SHARED_NORMS = {"lora": {**SHARED["lora"], "dora": True}, "moe_aux_loss_coeff": 0.0}
 OUTPUTS = {"lora": {**EXPERTS["lora"], "targets": ["experts_4h_to_h"], "rslora": True}, "moe_aux_loss_coeff": 0.0}
 BOTH = {"lora": {**UPDATES["lora"], "modules_to_save": ["embedding", "head"]}}
 NEW, PADDING = 2, 6
@@ -194,6 +203,8 @@ ALONE: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2, norms": ("gpt2", NORMS),
     "llama, norms": ("llama, grouped, biases", BOTH_NORMS),
     "qwen3_moe, experts": ("qwen3_moe", EXPERTS),
+    "qwen2_moe, outputs of shared experts": ("qwen2_moe", SHARED_OUTPUTS),
+    "deepseek_v3, outputs of shared experts and of a dense block": ("deepseek_v3", DENSE_OUTPUTS),
     "gpt_oss, experts": ("gpt_oss", EXPERTS),
     "mixtral, outputs of experts": ("mixtral", OUTPUTS),
     "mamba, updates": ("mamba", INPUTS),
@@ -208,6 +219,7 @@ ALONE: dict[str, tuple[str, dict[str, Any]]] = {
 EXPORTS = ["neox, one residual, tied", "llama, as many kv heads", "llama, grouped, biases", "mistral", "qwen3"]
 EXPORTS += ["mpt", "gpt2", "opt", "qwen2", "gemma3", "cohere2", "nemotron_h, dense, biases", "mamba", "mamba2"]
 MIXTURES = ["nemotron_h", "gpt_oss"]
+SHARING = ["qwen2_moe", "glm4_moe"]
 SAVED = [*EXPORTS[:-3], "neox", "llama, wide heads, tied", "gpt2, untied, exact gelu", "opt, untied, no biases"]
 
 
@@ -216,7 +228,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Case, Fou
     folder = tmp_path_factory.mktemp("alone")
     attention = {"lora": {"rank": 4, "targets": ["query_key_value", "dense"]}}
     cases = {**ALONE, **{name: (name, attention) for name in ("mixtral", "qwen3_next")}}
-    cases["mamba2, merged"] = ("mamba2", UPDATES)
+    cases |= {"mamba2, merged": ("mamba2", UPDATES), "glm4_moe, merged": ("glm4_moe", SHARED_NORMS)}
     return train([Case(name, added, folder / reported) for reported, (name, added) in cases.items()], 1)
 
 
@@ -228,6 +240,7 @@ def cut(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Case, Found
     given = {"mamba": INPUTS, "mamba2": INPUTS, "nemotron_h, dense, biases": WITHOUT_OUTPUTS}
     cases = [Case(name, given.get(name, one), folder / name) for name, one in zip(EXPORTS, added, strict=True)]
     cases += [Case(name, EXPERTS, folder / name) for name in MIXTURES]
+    cases += [Case(name, one, folder / name) for name, one in zip(SHARING, (SHARED, SHARED_AND_DENSE), strict=True)]
     return train(cases, 2, model_parallel_size=2)
 
 
@@ -252,7 +265,7 @@ def test_training_is_that_of_peft(reported: str, alone: dict[str, tuple[Case, Fo
     torch.testing.assert_close(logits, said, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [*EXPORTS, *MIXTURES])
+@pytest.mark.parametrize("name", [*EXPORTS, *MIXTURES, *SHARING])
 def test_updates_of_every_family_are_loaded(name: str, cut: dict[str, tuple[Case, Found]]) -> None:
     """As a folder of peft on top of the model, and merged into it."""
     case, (_, _, logits) = cut[name]
@@ -311,6 +324,20 @@ def test_outputs_of_mixers_are_updated_by_a_merge(alone: dict[str, tuple[Case, F
     case, (_, _, logits) = alone["mamba2, merged"]
     stored = open_model(case.folder / "ours")
     with pytest.raises(ConfigError, match="peft loads no update of out_proj in a model of the family mamba2"):
+        export_adapter(stored, tmp_path / "adapter")
+    export(stored, tmp_path / "whole")
+    with torch.no_grad():
+        said = AutoModelForCausalLM.from_pretrained(tmp_path / "whole").eval()(tokens()).logits
+        before = make(case.name)(tokens()).logits
+    torch.testing.assert_close(logits, said, rtol=1e-5, atol=1e-5)
+    assert (before - logits).abs().max() > 0.05, "the updates matter"
+
+
+def test_norms_of_shared_experts_are_updated_by_a_merge(alone: dict[str, tuple[Case, Found]], tmp_path: Path) -> None:
+    """Peft reaches these matrices by their parameter, for which it has no norms of rows."""
+    case, (_, _, logits) = alone["glm4_moe, merged"]
+    stored = open_model(case.folder / "ours")
+    with pytest.raises(ConfigError, match=r"peft has no norms of rows \(dora\) for mlp\.shared_experts\.down_proj"):
         export_adapter(stored, tmp_path / "adapter")
     export(stored, tmp_path / "whole")
     with torch.no_grad():

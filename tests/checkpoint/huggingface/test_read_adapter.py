@@ -352,3 +352,17 @@ def test_adapters_of_encoders_are_refused(model: type[PreTrainedModel], tmp_path
     model(model.config_class(**sizes, **own)).save_pretrained(tmp_path / "theirs")
     with pytest.raises(ConfigError, match=r"an encoder, or an encoder and decoder, cannot be taken over.*with peft"):
         adopt(Folder.open(tmp_path / "theirs"), tmp_path / "ours", adapter=tmp_path)
+
+
+def test_updates_of_shared_experts_and_dense_blocks_come_back_bit_by_bit(tmp_path: Path) -> None:
+    """Peft reaches their matrices by their parameters where a model has experts."""
+    save("deepseek_v3", tmp_path / "theirs")
+    parts = ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+    shared = [name.replace("mlp.", "mlp.shared_experts.") for name in parts]
+    named = [f"{name}.weight" for name in (*parts, *shared)]
+    expected = write("deepseek_v3", tmp_path, r=2, lora_alpha=8, target_modules=["o_proj"], target_parameters=named)
+    torch.testing.assert_close(ours(tmp_path), expected, rtol=1e-4, atol=2e-5)
+    export_adapter(open_model(tmp_path / "ours" / "global_step0"), tmp_path / "back")
+    with torch.no_grad():
+        back = PeftModel.from_pretrained(make("deepseek_v3"), tmp_path / "back").eval()(tokens()).logits
+    torch.testing.assert_close(back, expected, rtol=1e-4, atol=2e-5)
