@@ -20,7 +20,7 @@ from megatron.adapter_config import soft_prompt
 from megatron.checkpoint.format.layout import same_folder
 from megatron.checkpoint.load.loader import Checkpoint, find_checkpoint, make_available, restore
 from megatron.checkpoint.load.run_inputs_check import RunInputs
-from megatron.checkpoint.save.folder_check import check_writable, claim
+from megatron.checkpoint.save.folder_check import check_writable, claim, sole_writer
 from megatron.checkpoint.save.folder_programs import FolderPrograms
 from megatron.checkpoint.save.saver import Counters, Saver
 from megatron.config import Config
@@ -96,7 +96,8 @@ def train(config: Config, stop: Stop) -> None:
     folder = config.observe.folder
     watchdog = Watchdog(topology, folder, config.launch.collective_timeout)
     try:
-        with watchdog.guard():
+        writer = sole_writer(config.checkpoint.save, leads=builds_index_maps(config))
+        with watchdog.guard(), writer:
             alike = repr(config.replace(rank=None, local_rank=None, log_dir=None))
             hosts = check_hosts(alike, folder, shared=config.data.use_shared_fs)
             _train(config, topology, stop, watchdog, hosts)
@@ -112,8 +113,6 @@ def _alike_after_a_restart(config: Config) -> Config:
 
 def _train(config: Config, topology: Topology, stop: Stop, watchdog: Watchdog, hosts: Sequence[str]) -> None:
     leads = builds_index_maps(config)
-    if config.checkpoint.save is not None:
-        check_writable(config.checkpoint.save, leads=leads)
     if config.task.task_predictions is not None:
         check_writable(config.task.task_predictions, leads=leads, key="task_predictions", what="predictions")
     if config.checkpoint.save_hf_every is not None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import pytest
 from megatron.checkpoint.format import layout
 from megatron.checkpoint.load import find
 from megatron.checkpoint.remote.s3_client import Bucket
-from megatron.checkpoint.save.folder_check import check_writable, claim
+from megatron.checkpoint.save.folder_check import LOCK, check_writable, claim, sole_writer
 from megatron.config.schema.checkpoint import CheckpointSection
 from megatron.errors import ConfigError
 from tests.checkpoint.saved import save
@@ -106,3 +108,40 @@ def test_every_rank_hears_of_it(tmp_path: Path) -> None:
     with pytest.raises(RankFailedError, match="Not a directory") as caught:
         run_distributed(refused_rank, 2, str(tmp_path / "file" / "run"))
     assert len(re.findall("cannot be written there", str(caught.value))) >= 1
+
+
+HOLDER = """
+import sys
+from megatron.checkpoint.save.folder_check import sole_writer
+with sole_writer(sys.argv[1], leads=True):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_run_does_not_save_into_the_folder_of_a_living_one(tmp_path: Path) -> None:
+    save_folder = tmp_path / "run"
+    command = [sys.executable, "-c", HOLDER, str(save_folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdin is not None and holder.stdout is not None
+        assert any("held" in line for line in holder.stdout)
+        expected = pytest.raises(ConfigError, match=r"save = .*run'?: another run is saving there now; wait until it")
+        with expected, sole_writer(str(save_folder), leads=True):
+            raise AssertionError("two runs hold one folder")
+        holder.kill()
+    assert (save_folder / LOCK).exists(), "it was killed, and left its file"
+    with sole_writer(str(save_folder), leads=True):
+        assert (save_folder / LOCK).exists()
+    assert list(save_folder.iterdir()) == []
+
+
+def second_run(rank: int, world_size: int, folder: str) -> None:
+    with sole_writer(folder, leads=rank == 0):
+        pass
+
+
+def test_every_rank_of_a_second_run_hears_of_it(tmp_path: Path) -> None:
+    expected = pytest.raises(RankFailedError, match="another run is saving there now")
+    with sole_writer(str(tmp_path), leads=True), expected:
+        run_distributed(second_run, 2, str(tmp_path))
+    run_distributed(second_run, 2, str(tmp_path))

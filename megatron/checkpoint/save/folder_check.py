@@ -2,15 +2,20 @@
 
 A run that starts at iteration 0 in a folder with checkpoints of another one would replace them one by one, and a later
 resume would find parts of both. That is refused, unless `save_overwrite` asks for a new start; then what is there moves
-aside first, to <save>/replaced-<time>.
+aside first, to <save>/replaced-<time>. While a run is alive no other one saves there.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from megatron.checkpoint.format import layout
 from megatron.checkpoint.remote.s3_client import Bucket
@@ -24,6 +29,8 @@ from megatron.log import get_logger
 
 _log = get_logger(__name__)
 
+LOCK = ".saving"
+"""File in the folder that a run holds locked while it lives."""
 _NAMED = 6  # iterations in a message
 
 
@@ -54,6 +61,55 @@ def check_writable(save: str, *, leads: bool, key: str = "save", what: str = "ch
             value=save,
             hint="give a folder that this user can make and write to",
         )
+
+
+@contextmanager
+def sole_writer(save: str | None, *, leads: bool) -> Iterator[None]:
+    """Lets no second run save into the folder while this one does. Collective.
+
+    Raises ConfigError on every rank where another run has the lock, or where the folder cannot be written. The lock
+    ends with the process that holds it. On a file system without locks two runs at once are the user's to avoid.
+
+    Args:
+        save: the folder; None where nothing is saved.
+        leads: whether this rank takes the lock, one rank for each file system.
+    """
+    if save is None:
+        yield
+        return
+    check_writable(save, leads=leads)
+    path = Path(save) / LOCK
+    file = _locked(path) if leads else None
+    try:
+        if all_gather_items([host_name()] if leads and file is None else []):
+            raise ConfigError.of(
+                "another run is saving there now",
+                key="save",
+                value=save,
+                hint=f"wait until it has ended, or save to another folder; remove {path} if no run is alive",
+            )
+        yield
+    finally:
+        if file is not None:
+            path.unlink(missing_ok=True)
+            file.close()
+
+
+def _locked(path: Path) -> IO[str] | None:
+    """Opens the file and takes its lock; None where another process has it."""
+    while True:
+        file = path.open("a", encoding="utf-8")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                return file
+            file.close()
+            return None
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        file.close()  # its holder has removed it between our opening and our lock
 
 
 def claim(section: CheckpointSection, loaded: Path | None, *, leads: bool) -> None:
