@@ -39,6 +39,18 @@ def test_background_saves_resume_bitwise(dataset: str, tmp_path: Path) -> None:
         assert series(resumed, name) == series(complete, name), name
 
 
+def test_checkpoints_of_a_run_that_went_on_before_are_not_rotated(dataset: str, tmp_path: Path) -> None:
+    """They stay and do not count, until a save of the same iteration takes their place."""
+    settings = halves(dataset, tmp_path / "save", train_iters=14, eval_iters=0)
+    run(1, tmp_path / "first", **{**settings, "checkpoint_factor": 4}, exit_interval=11)
+    assert layout.iterations(tmp_path / "save") == [4, 8, 11]
+    again = {**settings, "checkpoint_factor": 3, "keep_last_n_checkpoints": 1}
+    run(1, tmp_path / "second", **again, iteration=4, exit_interval=9)
+    assert layout.iterations(tmp_path / "save") == [4, 8, 9, 11]
+    run(1, tmp_path / "third", **again, iteration=4)
+    assert layout.iterations(tmp_path / "save") == [4, 8, 11, 14]
+
+
 def test_a_changed_schedule_is_refused_unless_asked_for(
     complete: list[dict[str, float]], dataset: str, tmp_path: Path
 ) -> None:

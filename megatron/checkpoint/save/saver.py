@@ -98,6 +98,7 @@ class Saver:
         _refuse_in_background(config, self._sharing)
         self._mirror = open_mirror(config.checkpoint, topology.rank)
         self._newest: Path | None = None
+        self._others = _later(self.save_folder, loaded) if loaded is not None and continues else set[int]()
         self._history = History(loaded if continues else None) if topology.rank == 0 else None
 
     def save(self, counters: Counters) -> Path:
@@ -186,6 +187,7 @@ class Saver:
         self._newest = final
         newest = layout.iteration_of(final)
         assert newest is not None, "the folder was named after an iteration"
+        self._others.discard(newest)
         keep = self.config.checkpoint.keep_last_n_checkpoints
         pending = [
             *(self._mirror.pending() if self._mirror else ()),
@@ -197,8 +199,19 @@ class Saver:
             newest=newest,
             loaded=self.loaded,
             pending=pending,
-            spared=self.config.checkpoint.extra_save_iters or (),
+            spared={*(self.config.checkpoint.extra_save_iters or ()), *self._others},
         )
+
+
+def _later(save: Path, loaded: Path) -> set[int]:
+    """Returns the iterations in the folder that come after the checkpoint of it that a run goes on from.
+
+    They are those of a run that went on before, which stay until one of the same iteration takes their place.
+    """
+    number = layout.iteration_of(loaded)
+    if number is None or not layout.same_folder(loaded.parent, save):
+        return set()
+    return {each for each in layout.iterations(save) if each > number}
 
 
 def _refuse_in_background(config: Config, sharing: Sharing) -> None:
