@@ -68,7 +68,14 @@ def prepare_run_directory(folder: Path, settings: Config, arguments: Sequence[st
     """
     shown = settings.without_secrets()
     config_text, own_text = serialize.to_json(shown), serialize.to_json(settings)
-    own = folder / CONFIGS / f"{hashlib.sha256(own_text.encode()).hexdigest()[:12]}.json"
+    try:
+        own = folder / CONFIGS / f"{hashlib.sha256(own_text.encode()).hexdigest()[:12]}.json"
+    except UnicodeEncodeError as error:  # keys were checked, so it is the name of the working directory
+        raise RunError.of(
+            "the run directory's name holds bytes that are not UTF-8",
+            location=str(folder),
+            hint="start the run in a directory with another name",
+        ) from error
     try:
         (folder / "sources").mkdir(parents=True, exist_ok=True)
         for name, text in (shown.checkpoint.config_files or {}).items():

@@ -2,7 +2,8 @@
 
 Training data and the text service hand messages over as they are, as `transformers` does (apply_chat_template), but for
 two shapes that templates differ in. A content given as parts goes as it is to a template that writes the texts of
-parts, and to any other as one text, the parts joined by line ends, as in vLLM. The arguments of tool calls, which are
+parts, and to any other as one text, the parts joined by line ends, as in vLLM. A text goes to a template that writes
+parts alone (those of models that see images) as one part, as in vLLM. The arguments of tool calls, which are
 JSON in a string, are handed over as what they say, since templates write mappings; a template that can only join texts
 gets the string. A call without arguments, or with null, has empty ones, as in vLLM.
 
@@ -78,6 +79,8 @@ class Shapes:
         content = made.get("content")
         if isinstance(content, list) and not self.takes_parts(str(made.get("role"))):
             made["content"] = "\n".join(part["text"] for part in content)
+        elif isinstance(content, str) and self._takes_parts_alone(str(made.get("role"))):
+            made["content"] = [{"type": "text", "text": content}]
         if made.get("tool_calls"):
             read = _keep_call if self.keeps_arguments else _read_call
             made["tool_calls"] = [read(number, call) for call in made["tool_calls"]]
@@ -92,6 +95,13 @@ class Shapes:
 
     def writes(self, role: str) -> bool | None:
         """Whether the template writes what a role says; None where it refuses a small conversation with the role."""
+        return True if self._takes_parts_alone(role) else self._writes_text(role)
+
+    def _takes_parts_alone(self, role: str) -> bool:
+        return not self._writes_text(role) and self.takes_parts(role)
+
+    def _writes_text(self, role: str) -> bool | None:
+        """As `writes`, of a content that is a text."""
         if role not in self._written:
             text = self._turn(role, _PROBES[0])
             self._written[role] = None if text is None else _PROBES[0] in text

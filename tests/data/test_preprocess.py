@@ -296,8 +296,9 @@ def test_a_killed_worker_ends_the_tool(tmp_path, killed):
         running.kill()
         running.wait()
     assert running.returncode == 1
-    assert "a worker process died (exit code -9)" in reported
+    assert "a worker process died (exit code -9)" in reported and "--resume goes on from there" in reported
     assert "Traceback" not in reported
+    assert partial.exists(), "what is done can be gone on with"
     assert not any(_alive(child) for child in children)
 
 

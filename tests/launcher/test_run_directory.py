@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -46,6 +47,13 @@ def test_what_it_keeps_and_that_a_restart_appends(tmp_path: Path) -> None:
     assert [launch["command"] for launch in launches] == [["deepy.py", "train.py", "a.yml"], ["again"], ["once more"]]
     assert launches[0]["packages"]["deepspeed"]
     assert launches[0]["python"].startswith("3.")
+
+
+def test_a_working_directory_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"d_\xe9") / "run"
+    with pytest.raises(RunError, match=r"the run directory's name holds bytes that are not UTF-8; start the run in"):
+        prepare_run_directory(folder, Config.from_flat({"log_dir": str(folder)}), [])
+    assert not folder.exists()
 
 
 def test_a_secret_is_in_the_file_of_the_workers_alone(tmp_path: Path) -> None:

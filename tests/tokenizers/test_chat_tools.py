@@ -241,3 +241,19 @@ def test_what_the_template_has_no_position_for(tmp_path):
     assert plain.left_out([parts("a")], {"tools": []}) == []
     full = ChatTokens(str(folder_with(tmp_path / "tools", JSON_CALLS)))
     assert full.left_out(with_calls({}), variables) == []
+
+
+PARTS_ALONE = (
+    "{% for m in messages %}<{{ m['role'] }}>{% for part in m['content'] %}{% if part is mapping %}{{ part['text'] }}"
+    "{% endif %}{% endfor %}</{{ m['role'] }}>{% endfor %}"
+)
+
+
+def test_a_text_is_one_part_for_a_template_that_writes_parts_alone():
+    """As templates of models that see images; of a text they would write nothing."""
+    template = ChatTemplate(PARTS_ALONE)
+    shapes = Shapes(template)
+    assert shapes.writes("user") and shapes.writes("assistant")
+    given = shapes.given([{"role": "user", "content": "Rain?"}, {"role": "assistant", "content": "Dry."}])
+    assert template.render(given) == "<user>Rain?</user><assistant>Dry.</assistant>"
+    assert Shapes(ChatTemplate(JSON_CALLS)).given([{"role": "user", "content": "Rain?"}])[0]["content"] == "Rain?"

@@ -22,7 +22,7 @@ from megatron.data.preprocess.input_shard import Shard, shard_blocks
 from megatron.data.preprocess.reader import EMPTY_FILE
 from megatron.data.preprocess.resume_state import Journal, PreprocessCounts, SkippedFile, task_of
 from megatron.data.preprocess.text_files import TextFile
-from megatron.data.preprocess.workers import encode_blocks
+from megatron.data.preprocess.workers import WorkerKilled, encode_blocks
 from megatron.errors import ConfigError, ConfigIssue, RunError
 from megatron.tokenizer_info import TokenizerInfo
 
@@ -161,7 +161,7 @@ def preprocess(
                 _refuse_nothing(writers[0], files, counts, keys=getattr(recipe, "keys", ()))
         except BaseException as error:
             # A line that is refused, a full disk or an interrupt: what is done can be gone on with.
-            keep = resume or isinstance(error, KeyboardInterrupt)
+            keep = resume or isinstance(error, (KeyboardInterrupt, WorkerKilled))
             for writer in writers:
                 writer.keep = keep
             sidecar.keep = keep

@@ -61,6 +61,10 @@ def encode_blocks(encoder: Encoder, blocks: Iterable[TextBlock], workers: int) -
             yield pending.popleft()[0].result()
 
 
+class WorkerKilled(RunError):
+    """A signal from outside ended a worker process; the work can be resumed."""
+
+
 class _Worker:
     """One process and this side of its pipe."""
 
@@ -89,10 +93,12 @@ class _Worker:
             answer = _receive(self._pipe)
         except (EOFError, OSError) as error:  # OSError: also in the middle of an answer
             self._process.join(5)
-            raise RunError.of(
-                f"a worker process died (exit code {self._process.exitcode})",
+            code = self._process.exitcode
+            kind = WorkerKilled if code is not None and code < 0 else RunError
+            raise kind.of(
+                f"a worker process died (exit code {code})",
                 location=f"{block.name}, from byte {block.start}",
-                hint=_HINT,
+                hint=f"{_HINT}; --resume goes on from there" if kind is WorkerKilled else _HINT,
             ) from error
         if isinstance(answer, BaseException):
             raise answer
