@@ -135,6 +135,13 @@ def test_a_second_run_does_not_save_into_the_folder_of_a_living_one(tmp_path: Pa
     assert list(save_folder.iterdir()) == []
 
 
+def test_a_lock_that_cannot_be_taken_is_reported_on_every_rank(tmp_path: Path) -> None:
+    (tmp_path / LOCK).mkdir()
+    with pytest.raises(RankFailedError, match=r"its file \.saving cannot be locked: Is a directory") as caught:
+        run_distributed(second_run, 2, str(tmp_path))
+    assert len(re.findall("cannot be locked", str(caught.value))) >= 1
+
+
 def second_run(rank: int, world_size: int, folder: str) -> None:
     with sole_writer(folder, leads=rank == 0):
         pass

@@ -79,15 +79,18 @@ def sole_writer(save: str | None, *, leads: bool) -> Iterator[None]:
         return
     check_writable(save, leads=leads)
     path = Path(save) / LOCK
-    file = _locked(path) if leads else None
+    file, problems = None, []
+    if leads:
+        try:
+            file = _locked(path)
+        except OSError as error:  # such as a file that another user's run has left behind
+            problems.append(f"its file {LOCK} cannot be locked: {error.strerror or error}")
+        else:
+            problems += [] if file else ["another run is saving there now"]
     try:
-        if all_gather_items([host_name()] if leads and file is None else []):
-            raise ConfigError.of(
-                "another run is saving there now",
-                key="save",
-                value=save,
-                hint=f"wait until it has ended, or save to another folder; remove {path} if no run is alive",
-            )
+        for problem in all_gather_items(problems)[:1]:
+            hint = f"wait until it has ended, or save to another folder; remove {path} if no run is alive"
+            raise ConfigError.of(problem, key="save", value=save, hint=hint)
         yield
     finally:
         if file is not None:
