@@ -15,6 +15,7 @@ from megatron.checkpoint.load import find
 from megatron.checkpoint.remote.s3_client import Bucket
 from megatron.checkpoint.save.folder_check import LOCK, check_writable, claim, sole_writer
 from megatron.config.schema.checkpoint import CheckpointSection
+from megatron.distributed.process_group import all_gather_items
 from megatron.errors import ConfigError
 from tests.checkpoint.saved import save
 from tests.multi_rank import RankFailedError, run_distributed
@@ -145,6 +146,17 @@ def test_a_lock_that_cannot_be_taken_is_reported_on_every_rank(tmp_path: Path) -
 def second_run(rank: int, world_size: int, folder: str) -> None:
     with sole_writer(folder, leads=rank == 0):
         pass
+
+
+def shared(rank: int, world_size: int, folder: str) -> None:
+    with sole_writer(folder, leads=True):
+        assert (Path(folder) / LOCK).exists()
+        all_gather_items([rank])
+
+
+def test_hosts_of_one_run_may_share_the_folder(tmp_path: Path) -> None:
+    run_distributed(shared, 3, str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_every_rank_of_a_second_run_hears_of_it(tmp_path: Path) -> None:

@@ -78,15 +78,17 @@ def sole_writer(save: str | None, *, leads: bool) -> Iterator[None]:
         yield
         return
     check_writable(save, leads=leads)
-    path = Path(save) / LOCK
+    path, name = Path(save) / LOCK, uuid.uuid4().hex
+    names = all_gather_items([name] if leads else [])
     file, problems = None, []
     if leads:
         try:
-            file = _locked(path)
+            file = _locked(path, name)
         except OSError as error:  # such as a file that another user's run has left behind
             problems.append(f"its file {LOCK} cannot be locked: {error.strerror or error}")
-        else:
-            problems += [] if file else ["another run is saving there now"]
+    all_gather_items([])  # whoever has the lock has written its name
+    if leads and file is None and not problems and _holder(path) not in names:
+        problems.append("another run is saving there now")  # and not a host of this one that shares the folder
     try:
         for problem in all_gather_items(problems)[:1]:
             hint = f"wait until it has ended, or save to another folder; remove {path} if no run is alive"
@@ -98,8 +100,13 @@ def sole_writer(save: str | None, *, leads: bool) -> Iterator[None]:
             file.close()
 
 
-def _locked(path: Path) -> IO[str] | None:
-    """Opens the file and takes its lock; None where another process has it."""
+def _locked(path: Path, name: str) -> IO[str] | None:
+    """Opens the file, takes its lock and writes a name into it; None where another process has it.
+
+    Args:
+        path: the file.
+        name: of the process that asks.
+    """
     while True:
         file = path.open("a", encoding="utf-8")
         try:
@@ -111,8 +118,19 @@ def _locked(path: Path) -> IO[str] | None:
             return None
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                file.truncate(0)
+                file.write(name)
+                file.flush()
                 return file
         file.close()  # its holder has removed it between our opening and our lock
+
+
+def _holder(path: Path) -> str:
+    """Returns the name of the process that has the lock; "" where it has just ended."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return ""
 
 
 def claim(section: CheckpointSection, loaded: Path | None, *, leads: bool) -> None:
