@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -33,8 +35,22 @@ def _gather(tokens: Tensor, order: Tensor, prepared: Tensor, top_k: int) -> Tens
     return tokens.index_select(0, order // top_k)
 
 
+class _Scatter(torch.autograd.Function):
+    """Rows [m, h] at their indices of [n k, h], zeros elsewhere; torch's index_copy would save the rows."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, assignments: int) -> Tensor:
+        ctx.save_for_backward(order)
+        return rows.new_zeros(assignments, rows.shape[1]).index_copy_(0, order, rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (order,) = ctx.saved_tensors
+        return grads[0].index_select(0, order), None, None
+
+
 def _combine(rows: Tensor, weights: Tensor, order: Tensor, prepared: Tensor) -> Tensor:
-    outputs = rows.new_zeros(weights.numel(), rows.shape[1]).index_copy(0, order, rows)
+    outputs: Tensor = _Scatter.apply(rows, order, weights.numel())
     return (outputs.view(*weights.shape, -1) * weights.unsqueeze(-1)).sum(dim=1)
 
 

@@ -94,7 +94,6 @@ CASES: dict[str, dict[str, Any]] = {
     "updates of shared experts": {
         **EXPERTS,
         **SHARED,
-        "moe_shared_expert_intermediate_size": 512,
         "lora": {"rank": 8, "targets": ["query_key_value", "shared_experts"]},
     },
     "updates of shared experts' outputs": {
