@@ -21,7 +21,7 @@ import numpy
 import torch
 
 from megatron.atomic import flush_to_disk
-from megatron.errors import RunError
+from megatron.errors import ConfigError, RunError
 
 _CHUNK = 1 << 20
 _ADVICE, _CAUSE = "Weights only load failed", "WeightsUnpickler error:"
@@ -163,6 +163,14 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RunError.of(f"the file cannot be read: {error}", location=str(path)) from error
+
+
+def read_object(path: Path, hint: str | None = None) -> dict[str, Any]:
+    """The object in a JSON file; ConfigError with the hint where it holds anything else, RunError as `read_json`."""
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise ConfigError.of("this is no object", location=str(path), hint=hint)
+    return found
 
 
 def digest(path: Path) -> str:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint.format import files, layout
-from megatron.errors import ConfigError
 
 GENERATION = "generation_config.json"
+_HINT = "write it with transformers, or remove it"
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _DEFAULTS: Mapping[str, Any] = {
     "max_length": None,
@@ -75,7 +75,9 @@ def generation_of(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """What the folder says of generation. config: its config.json, of which only such settings are taken."""
     path = folder / GENERATION
     known = (*_DEFAULTS, *_APPLIED)
-    said = _read(path) if path.is_file() else {name: config[name] for name in known if name in config}
+    said = (
+        files.read_object(path, _HINT) if path.is_file() else {name: config[name] for name in known if name in config}
+    )
     ids = {name: config[name] for name in IDS if config.get(name) is not None}
     return {**said, **{name: number for name, number in ids.items() if said.get(name) is None}}
 
@@ -162,16 +164,8 @@ def distinct(numbers: Iterable[int]) -> list[int]:
 def write_generation(folder: Path, ids: Mapping[str, Any]) -> None:
     """Puts the ids into generation_config.json, beside what was copied of it."""
     path = folder / GENERATION
-    said = _read(path) if path.is_file() else {}
+    said = files.read_object(path, _HINT) if path.is_file() else {}
     files.write_json(path, {**said, **{name: value for name, value in ids.items() if value is not None}})
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """The settings of a generation_config.json. Raises ConfigError where it is no object."""
-    found = files.read_json(path)
-    if not isinstance(found, dict):
-        raise ConfigError.of("this is no object", location=str(path), hint="write it with transformers, or remove it")
-    return found
 
 
 def facts_of_tokenizer(directory: Path) -> dict[str, Any]:

@@ -85,9 +85,7 @@ class Folder:
                 hint="give a folder that transformers' save_pretrained wrote, or a snapshot of the Hub",
             )
         location = str(path / CONFIG)
-        config = files.read_json(path / CONFIG)
-        if not isinstance(config, dict):
-            raise ConfigError.of("this is no object", location=location)
+        config = files.read_object(path / CONFIG)
         family = family_of(config, location)
         ConfigError.raise_any(_changes_weights(path, config))
         if not family.encoder:

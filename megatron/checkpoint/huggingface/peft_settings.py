@@ -65,9 +65,7 @@ class PeftSettings:
     def read(path: Path) -> PeftSettings:
         """Reads the file of a folder. Raises ConfigError for other adapters than plain low-rank updates."""
         location = str(path / CONFIG)
-        found = files.read_json(path / CONFIG)
-        if not isinstance(found, dict):
-            raise ConfigError.of("this is no object", location=location)
+        found = files.read_object(path / CONFIG)
         ConfigError.raise_any(_issues(found, location))
         saved = found.get("modules_to_save") or ()
         return PeftSettings(
