@@ -68,6 +68,21 @@ def test_every_mismatch_is_named_at_once(tmp_path: Path) -> None:
     assert "tensor 0.word_embeddings.weight has shape [16, 8], the model's is [16, 9]" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("rows", "reported"),
+    [
+        (8, r"shape \[8, 8\] in each of 2 shards, the model's is \[4, 8\] there"),
+        (9, r"in each of 2 shards, the model's is \[9, 8\], which 2 do not divide"),
+    ],
+)
+def test_shards_are_compared_with_those_of_the_model(tmp_path: Path, rows: int, reported: str) -> None:
+    """The stored tensor has 16 rows, 8 in a shard."""
+    write(tmp_path, model_size=2, pipelined=False, summed=False)
+    head = replace(TABLE[-1], shape=(rows, 8))
+    with pytest.raises(RunError, match=reported):
+        read_shards(WeightFiles.open(tmp_path), [head], summed=False, model_rank=0, model_size=1)
+
+
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="no weight files"):
         WeightFiles.open(tmp_path)

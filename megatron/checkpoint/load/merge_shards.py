@@ -77,8 +77,11 @@ def _misfit(shape: TensorShape, shards: Sequence[Tensor], size: int) -> str | No
     other = next((shard for shard in shards if tuple(shard.shape) != expected), None)
     if other is None:
         return None
-    described = f"{list(shape.shape)} in {size} shards" if size > 1 else f"{list(shape.shape)}"
-    return f"tensor {key_of(shape)} has shape {list(other.shape)}, the model's is {described}"
+    found = f"tensor {key_of(shape)} has shape {list(other.shape)}"
+    if size == 1:
+        return f"{found}, the model's is {list(shape.shape)}"
+    own = f"{list(shape.shape)}, which {size} do not divide" if expected is None else f"{list(expected)} there"
+    return f"{found} in each of {size} shards, the model's is {own}"
 
 
 def _divides(shape: TensorShape, size: int) -> bool:
