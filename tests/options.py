@@ -102,6 +102,12 @@ PART_CASES: dict[str, Keys] = {
     "bounds, own output layer": {"final_logit_softcapping": 3.0, "no_weight_tying": True, "pos_emb": "alibi"},
     "sinks": {"softmax_type": "learnable", "sliding_window_width": 7, "num_kv_heads": 2},
     "one more term, biased scores": {"softmax_type": "off-by-one", "pos_emb": "alibi", "gpt_j_residual": True},
+    "value residual": {"value_residual": True, "num_kv_heads": 2, "pos_emb": "rotary"},
+    "value residual, parallel": {
+        "value_residual": True,
+        "gpt_j_residual": True,
+        "attention_config": ["local", "global"],
+    },
     "output gate": {"attention_output_gate": True, "num_kv_heads": 2},
     "output gate, parallel": {"attention_output_gate": True, "gpt_j_residual": True, "add_qkv_bias": False},
     "bounded gates": {

@@ -68,6 +68,7 @@ from megatron.model.recompute import Recompute
 from megatron.model.retrieval_model import RetrievalModel
 from megatron.model.retro_model import RetroModel
 from megatron.model.sequential_model import SequentialModel
+from megatron.model.value_residual import CarryShape
 from megatron.objectives.classification import ClassScores
 from megatron.optim.builder_args import OptimizerArgs
 from megatron.optim.grad_clip import GradientClipper, StepValues
@@ -172,7 +173,7 @@ def build_training_engine(
         "outliers": outlier_steps(config.training.skip_outlier_steps, config.training.outlier_window, device()),
     }
     if config.parallelism.is_pipe_parallel:
-        shared["hidden_size"] = require(config.model.hidden_size)
+        shared["carry"] = _carry_shape(config, topology)
         shared["padded_vocab_size"] = padded_vocab_size
         shared["dtype"] = DTYPES[require(config.precision.precision)]
         if layout.chunks == 1:
@@ -234,7 +235,7 @@ def build_inference_engine(
         stage,
         topology,
         _cache_factory(config, topology, stage.indices),
-        hidden_size=require(config.model.hidden_size),
+        carry=_carry_shape(config, topology),
         padded_vocab_size=padded_vocab_size,
         dtype=DTYPES[require(config.precision.precision)],
         prompt=prompt_length(config.model.soft_prompt_tuning),
@@ -289,6 +290,11 @@ def _layer_specs(
             weight_gradients=later,
         )
     )
+
+
+def _carry_shape(config: Config, topology: Topology) -> CarryShape:
+    """Returns the shapes of what passes from layer to layer."""
+    return CarryShape.of(ModelDims.of(config.model, config.moe, config.mixers), topology.model)
 
 
 def _block_input_shape(config: Config, topology: Topology) -> tuple[int, int, int]:

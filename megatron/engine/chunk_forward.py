@@ -5,7 +5,7 @@ s sequence, b batch, h hidden, v vocabulary, t tensor-parallel degree.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,7 @@ def chunk_logits(
     cache: KVCache | None,
     topology: Topology,
     *,
-    hidden_size: int,
+    received: Callable[[int, int, int], tuple[int, int, int]],
     padded_vocab_size: int,
     dtype: torch.dtype,
 ) -> Tensor:
@@ -37,7 +37,7 @@ def chunk_logits(
         tokens: [b, s].
         cache: cache of earlier tokens.
         topology: layout of the ranks.
-        hidden_size: width of the carry.
+        received: (stage, tokens of the residual stream of each sample, samples) -> shape of the stage's input.
         padded_vocab_size: width of the logits.
         dtype: type of the carry.
     """
@@ -48,7 +48,8 @@ def chunk_logits(
     for stage in range(layout.stages):
         owner = layout.rank_of(stage)
         if stage > 0 and layout.rank_of(stage - 1) != owner:
-            carry = _moved(carry, (rows, batch, hidden_size), dtype, topology, (layout.rank_of(stage - 1), owner))
+            shape = received(stage, rows, batch)
+            carry = _moved(carry, shape, dtype, topology, (layout.rank_of(stage - 1), owner))
         if owner == pipe.rank:
             for layer in chunks[layout.stages_of(pipe.rank).index(stage)]:
                 carry = layer(carry, cache)
@@ -70,7 +71,7 @@ def _moved(
 
     Args:
         carry: output of the stage before, where this rank has it.
-        shape: of the carry, [s/t, b, h].
+        shape: of the carry.
         dtype: of the carry.
         topology: layout of the ranks.
         between: the rank that sends and the rank that receives.

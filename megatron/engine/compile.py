@@ -19,8 +19,7 @@ def compile_blocks(model: Module, shape: tuple[int, int, int]) -> None:
     """Compiles the forward pass of every block of attention and MLP on full sequences; with a cache it stays eager.
 
     ZeRO 3 gathers the parameters of a compiled block together, so that there is no gathering between its operations.
-    shape:
-    input of a block in training, [s, b, h] ([s/t, b, h] with sequence parallelism).
+    shape: residual stream of a block in training, [s, b, h] ([s/t, b, h] with sequence parallelism).
     """
     for block in model.modules():
         if isinstance(block, TransformerBlock):
@@ -37,7 +36,7 @@ def _fill_tables(block: TransformerBlock, shape: tuple[int, int, int]) -> None:
     like = next(block.parameters())
     was_training = block.training
     block.eval()
-    block(torch.zeros(shape, dtype=like.dtype, device=like.device))
+    block(torch.zeros(block.input_shape(shape), dtype=like.dtype, device=like.device))
     block.train(was_training)
 
 

@@ -28,6 +28,7 @@ from megatron.model.embedding import EmbeddingLayer
 from megatron.model.kv_cache import KVCache
 from megatron.model.layers import LayerSpec
 from megatron.model.pipeline_model import tied_output
+from megatron.model.value_residual import CarryShape
 from megatron.param_table import key_in_table
 
 
@@ -114,8 +115,8 @@ class InferenceEngine:
     """Axes of this rank."""
     make_cache: Callable[[int, int], KVCache]
     """(batch, max length) -> an empty cache."""
-    hidden_size: int
-    """Width of the residual stream."""
+    carry: CarryShape
+    """Shapes of what stages send."""
     padded_vocab_size: int
     """Rows of the embedding."""
     dtype: torch.dtype
@@ -134,7 +135,7 @@ class InferenceEngine:
             prepend_padding(tokens, offset),
             cache,
             self.topology,
-            hidden_size=self.hidden_size,
+            received=partial(self.carry.into, self.stage.indices[0]),
             padded_vocab_size=self.padded_vocab_size,
             dtype=self.dtype,
             at=None if at is None else at.to(device()),

@@ -58,7 +58,7 @@ def pipeline_forward(
     cache: KVCache | None,
     topology: Topology,
     *,
-    hidden_size: int,
+    received: Callable[[int, int], tuple[int, int, int]],
     padded_vocab_size: int,
     dtype: torch.dtype,
     at: Tensor | None = None,
@@ -72,7 +72,7 @@ def pipeline_forward(
         tokens: [b, s].
         cache: cache of earlier tokens.
         topology: layout of the ranks.
-        hidden_size: width of the carry.
+        received: (tokens of the residual stream of each sample, samples) -> shape of this stage's input.
         padded_vocab_size: width of the logits.
         dtype: type of the carry.
         at: positions in the flattened [b, s] whose logits are computed instead of all, [k, v].
@@ -82,7 +82,7 @@ def pipeline_forward(
     carry = tokens.to(device())
     if not pipe.is_first:
         rows = length // topology.model.size if topology.model.sequence_parallel else length
-        carry = torch.empty(rows, batch, hidden_size, dtype=dtype, device=device())  # [s, b, h]
+        carry = torch.empty(*received(rows, batch), dtype=dtype, device=device())
         dist.recv(carry, src=pipe.ranks[pipe.rank - 1], group=pipe.group)
     for layer in layers if at is None or not pipe.is_last else layers[:-1]:
         carry = layer(carry, cache)

@@ -60,7 +60,7 @@ class ChunkStage:
         self.clear_runtime_states()
 
     def begin(self, like: Tensor, backward: Backward | None) -> None:
-        """Starts a step. like: a tensor of the shape and type that stages send, [s/t, b, h]; no memory is needed."""
+        """Starts a step. like: a tensor of the shape and type of the stage's input; no memory is needed."""
         self._like, self._backward = like, backward
         self.has_backward = backward is not None
         self.clear_runtime_states()
@@ -162,7 +162,7 @@ class ChunkStage:
 
     def get_bwd_recv_ops(self, number: int) -> list[dist.P2POp]:
         """Returns the receiving of a micro batch's gradient from the next stage."""
-        self._output_grads[number] = self._empty()
+        self._output_grads[number] = torch.empty_like(self._outputs[number])
         return [self._op(dist.irecv, self._output_grads[number], self.stage_index + 1)]
 
     def set_local_fwd_input(self, output: Tensor, number: int) -> None:

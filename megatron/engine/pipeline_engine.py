@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 import torch
@@ -26,6 +27,7 @@ from megatron.engine.inference_forward import gather_context, pipeline_forward, 
 from megatron.engine.loss_normalization import count_loss_tokens, loss_divisor, sum_over_data
 from megatron.engine.prompt_offset import prepend_padding, prompt_offset
 from megatron.model.kv_cache import KVCache
+from megatron.model.value_residual import CarryShape
 
 Pair = tuple[Tensor | tuple[Tensor, ...], tuple[Tensor, ...]]
 
@@ -37,8 +39,8 @@ _FULL_PIPELINE = 8
 class PipelinedEngine(BaseEngine):
     """One pipeline stage in one PipelineEngine."""
 
-    hidden_size: int
-    """Width of the residual stream."""
+    carry: CarryShape
+    """Shapes of what stages send."""
     padded_vocab_size: int
     """Rows of the embedding."""
     dtype: torch.dtype
@@ -111,7 +113,7 @@ class PipelinedEngine(BaseEngine):
             tokens,
             cache,
             self.topology,
-            hidden_size=self.hidden_size,
+            received=partial(self.carry.into, self.deepspeed.module.layer_range[0]),
             padded_vocab_size=self.padded_vocab_size,
             dtype=self.dtype,
         )

@@ -100,7 +100,7 @@ class ScheduledEngine(PipelinedEngine):
             tokens,
             cache,
             self.topology,
-            hidden_size=self.hidden_size,
+            received=self._received,
             padded_vocab_size=self.padded_vocab_size,
             dtype=self.dtype,
         )
@@ -113,9 +113,9 @@ class ScheduledEngine(PipelinedEngine):
         runner = self._runner(count, backward=backward is not None)
         batch, length, _, _ = facts
         parts = self.topology.context.size * (self.topology.model.size if self.topology.model.sequence_parallel else 1)
-        like = torch.empty(length // parts, batch, self.hidden_size, dtype=self.dtype, device="meta")
         for stage in self.stages:
-            stage.begin(like, backward)
+            shape = self._received(stage.stage_index, length // parts, batch)
+            stage.begin(torch.empty(shape, dtype=self.dtype, device="meta"), backward)
         shard = self._shards.shard
         first, last = (self.layout.rank_of(stage) == self.topology.pipe.rank for stage in (0, self.layout.stages - 1))
         runner.run(
@@ -124,6 +124,16 @@ class ScheduledEngine(PipelinedEngine):
             [(shard(one.labels), shard(one.loss_mask), divisor, *one.order) for one in step] if last else [],
         )
         return self.total
+
+    def _received(self, stage: int, rows: int, batch: int) -> tuple[int, int, int]:
+        """Returns the shape of a stage's input.
+
+        Args:
+            stage: its number in the model.
+            rows: tokens of the residual stream of each sample.
+            batch: samples.
+        """
+        return self.carry.into(self.deepspeed.module.parts[stage], rows, batch)
 
     def _runner(self, count: int, *, backward: bool) -> PipeRunner:
         """Returns the passes of a step of so many micro batches; made once."""

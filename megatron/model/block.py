@@ -113,6 +113,10 @@ class TransformerBlock(Block):
         with self.autocast() if self.training else nullcontext():
             return run(hidden, cache, document_starts, *more)
 
+    def input_shape(self, hidden: tuple[int, int, int]) -> tuple[int, int, int]:
+        """Returns the shape of its input. hidden: that of the residual stream, [s, b, h]."""
+        return hidden
+
     def linear_layers(self) -> list[ColumnParallelLinear | RowParallelLinear]:
         """Returns the linear layers of attention and of a dense MLP."""
         found: list[ColumnParallelLinear | RowParallelLinear] = self.attention.linear_layers()

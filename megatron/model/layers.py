@@ -63,6 +63,7 @@ from megatron.model.norms.across_heads import AcrossHeadsNorm
 from megatron.model.positions.base import AttentionPositions
 from megatron.model.retrieval_head import RetrievalHead
 from megatron.model.retro import RetroBlock
+from megatron.model.value_residual import ValueResidualTransformerBlock
 from megatron.param_table import FIRST_BLOCK, ModelDims
 from megatron.registry import (
     ACTIVATIONS,
@@ -292,6 +293,8 @@ def _block(kind: str, dims: ModelDims, number: int) -> type[Block]:
         return EncoderTransformerBlock if dims.encodes(number) else DecoderTransformerBlock
     if dims.retrieves(number):
         return RetroBlock
+    if dims.value_residual:
+        return ValueResidualTransformerBlock
     if ATTENTION.entry(kind).traits & (STANDALONE_BLOCK | ATTENDS | FEEDS):
         block: type[Block] = ATTENTION.load(kind)
         return block

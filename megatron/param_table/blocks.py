@@ -104,6 +104,8 @@ def attention(dims: ModelDims, layer: int) -> list[TensorShape]:
     table = projections(dims, layer) if dims.latent is None else latent_projections(dims, dims.latent, layer)
     if dims.softmax_type == LEARNABLE:
         table.append(TensorShape(layer, "attention.sinks", (dims.num_attention_heads,), 0, "bias"))
+    if dims.value_residual and layer > FIRST_BLOCK:
+        table.append(TensorShape(layer, "attention.value_residual.factors", (2,), None, "bias"))
     if layer == FIRST_BLOCK:
         table += positions(dims, layer, SHARED, POSITIONS.entry(dims.pos_emb).scores)
     return table + row(layer, "attention.dense", dims.hidden_size, dims.value_size, dims.attention_bias)

@@ -160,6 +160,8 @@ class ModelDims:
     """With qk_norm: whether one norm has the features of all heads."""
     output_gate: bool = False
     """Whether a projection of the input gates what the attention heads give."""
+    value_residual: bool = False
+    """Whether blocks after the first mix their values with those of the first."""
     softmax_type: str = VANILLA
     """What the softmax of scores sums besides the keys."""
     rpe_buckets: int = 0
@@ -250,6 +252,7 @@ class ModelDims:
             qk_norm=model.use_qk_layernorm,
             qk_norm_across=getattr(model, "qk_layernorm_across_heads", False),
             output_gate=getattr(model, "attention_output_gate", False),
+            value_residual=getattr(model, "value_residual", False),
             softmax_type=getattr(model, "softmax_type", VANILLA),
             rpe_buckets=model.rpe_num_buckets if "rpe_num_buckets" in POSITIONS.entry(model.pos_emb).settings else 0,
             gpt_j_residual=model.gpt_j_residual,

@@ -312,7 +312,9 @@ def _attention(dims: ModelDims, layout: ActivationLayout, block: int) -> int:
     projected = 0 if dims.saves_input("dense") else dims.value_size // layout.model_parallel_size
     core = _core(dims, layout, block) if dims.latent is None else _latent_core(dims, dims.latent, layout, block)
     gate = 2 * dims.query_size // layout.model_parallel_size if dims.output_gate else 0  # its sigmoid, the product
-    return core + _head_norms(dims, layout) + layout.tokens * (gate - projected) * layout.width
+    mixes = dims.value_residual and block > 0 and not dims.frozen  # it saves the values of both blocks
+    mixed = 2 * _key_width(dims, layout.model_parallel_size) if mixes else 0
+    return core + _head_norms(dims, layout) + layout.tokens * (gate + mixed - projected) * layout.width
 
 
 def _latent_core(dims: ModelDims, latent: LatentDims, layout: ActivationLayout, block: int) -> int:

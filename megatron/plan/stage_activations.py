@@ -38,7 +38,8 @@ def stage_activations(
     """
     sizes = [of_block(dims, layout, block) for block in blocks]
     predicted = layout if head_length is None else replace(layout, seq_length=head_length)
-    full = layout.tokens * dims.hidden_size * layout.width
+    carried = dims.hidden_size + (dims.kv_size if dims.value_residual else 0)
+    full = layout.tokens * carried * layout.width
     boundary = int(full * layout.saved_fraction)
     group = min(layout.recompute, len(sizes))
     head = 0 if padded_vocab_size is None else head_activations(dims, predicted, padded_vocab_size)

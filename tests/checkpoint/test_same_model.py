@@ -54,6 +54,7 @@ def flat(**values: Any) -> dict[str, Any]:
         ("lora", FOUR_BITS, {**FOUR_BITS, "lora": {**UPDATES["lora"], "base": "int8"}}),
         ("softmax_type", {}, {"softmax_type": "off-by-one"}),
         ("attention_output_gate", {}, {"attention_output_gate": True}),
+        ("value_residual", {}, {"value_residual": True}),
     ],
 )
 def test_another_model_is_refused(key: str, then: dict[str, Any], now: dict[str, Any], caplog: Any) -> None:

@@ -270,6 +270,7 @@ EVERY_RUN = frozenset(
     multi_latent_attention mtp_num_layers attention_mask lm_head bert_binary_head num_token_types
     encoder_num_layers decoder_num_layers encoder_seq_length decoder_seq_length retro_add_retriever
     intermediate_size expansion_factor mlp_multiple_of activation norm norm_placement embedding_norm use_qk_layernorm
+    value_residual
     use_bias_in_norms final_logit_softcapping scale_embeddings embedding_multiplier residual_multiplier logit_scale
     use_bias_in_attn_linear use_bias_in_mlp gpt_j_residual no_weight_tying attention_config hidden_dropout
     attention_dropout pos_emb opt_pos_emb_offset soft_prompt_tuning lora init_method output_layer_init_method

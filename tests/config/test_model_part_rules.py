@@ -16,6 +16,7 @@ def typed(**options: Any) -> dict[str, Any]:
     return {**ROTARY, "layer_types": ["a", "a"], "layer_type_options": {"a": options}}
 
 
+SHARED_VALUES = {"value_residual": True}
 SINKS = {"softmax_type": "learnable"}
 CASES: list[tuple[int, dict[str, Any], str]] = [
     (1, {"norm_placement": "sandwich", "gpt_j_residual": True}, "attention and MLP are added together, before a norm"),
@@ -65,6 +66,23 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
         1,
         {"attention_output_gate": True, "multi_latent_attention": True, "pos_emb": "rotary"},
         "attention_output_gate = True: multi_latent_attention is on: its heads have values of another width",
+    ),
+    (1, {**SHARED_VALUES, "num_layers": 1}, "num_layers = 1: value_residual is on: there is no block after the first"),
+    (
+        1,
+        {**SHARED_VALUES, "attention_config": ["mamba", "attention"]},
+        "attention_config = ('mamba', 'attention'): value_residual is on: attention and mamba has no values",
+    ),
+    (
+        1,
+        {**SHARED_VALUES, "multi_latent_attention": True, "pos_emb": "rotary"},
+        "multi_latent_attention = True: value_residual is on: its values are projections of latents",
+    ),
+    (1, {**SHARED_VALUES, "train_impl": "bert"}, "attention_mask = 'bidirectional': value_residual is on: it is built"),
+    (
+        1,
+        {**SHARED_VALUES, "mtp_num_layers": 1, "pos_emb": "rotary", "pipe_parallel_size": 0},
+        "mtp_num_layers = 1: value_residual is on: its modules would have no values of the first block",
     ),
     (1, {"lora": {"rank": 4, "targets": ["output_gate"]}}, "the model has no output_gate (attention_output_gate); lea"),
     (1, {"layer_types": ["sliding"]}, "layer_types = ['sliding']: this makes 1 block, but num_layers = 2"),

@@ -69,7 +69,7 @@ FACTORS: Factors = {
         {"norm_placement": "output"},
         {"norm_placement": "sandwich"},
     ],
-    "gate": [{}, {"attention_output_gate": True}],
+    "gate": [{}, {"attention_output_gate": True}, {"value_residual": True}],
     "bounds": [
         {},
         {"attn_logit_softcapping": 4.0, "final_logit_softcapping": 6.0},

@@ -30,6 +30,7 @@ CASES: list[Any] = [
             ("experts", 1, EXPERTS),
             ("sparse", 1, {"attention_config": [[["bigbird", "global"], 2]], "sparsity_config": {"block": 8}}),
             ("positions in the scores", 1, {"pos_emb": "rpe"}),
+            ("values of the first block", 1, {"value_residual": True}),
             ("deep", 1, {"num_layers": 12, "gpt_j_residual": True, "norm": "layernorm"}),
         )
     ),

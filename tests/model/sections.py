@@ -69,6 +69,7 @@ def model_section(**changes: object) -> Any:
         "softmax_scale": None,
         "softmax_type": "vanilla",
         "attention_output_gate": False,
+        "value_residual": False,
         "activation_func_clamp_value": None,
         "glu_linear_offset": 0.0,
         "attn_logit_softcapping": None,

@@ -47,14 +47,15 @@ def copy_neox(ours: SequentialModel, theirs: nn.Module, *, tied: bool) -> None:
             target[name].copy_(source[other])
 
 
-def llama_tensors(theirs: nn.Module, heads: int, kv_heads: int, *, tied: bool) -> dict[str, Tensor]:
+def llama_tensors(theirs: LlamaForCausalLM, heads: int, kv_heads: int, *, tied: bool) -> dict[str, Tensor]:
     """Transformers' Llama weights under our names, put together as the public layout says."""
     source = theirs.state_dict()
+    layers = theirs.config.num_hidden_layers
     table = {
         "0.word_embeddings.weight": source["model.embed_tokens.weight"],
-        "5.norm.scale": source["model.norm.weight"],
+        f"{layers + 3}.norm.scale": source["model.norm.weight"],
     }
-    for block in range(2):
+    for block in range(layers):
         prefix = f"model.layers.{block}."
         q, k, v = (source[f"{prefix}self_attn.{part}_proj.weight"] for part in "qkv")
         if heads == kv_heads:  # head by head [q, k, v]
@@ -71,7 +72,7 @@ def llama_tensors(theirs: nn.Module, heads: int, kv_heads: int, *, tied: bool) -
         table[f"{layer}input_layernorm.scale"] = source[f"{prefix}input_layernorm.weight"]
         table[f"{layer}post_attention_layernorm.scale"] = source[f"{prefix}post_attention_layernorm.weight"]
     if not tied:
-        table["6.final_linear.weight"] = source["lm_head.weight"]
+        table[f"{layers + 4}.final_linear.weight"] = source["lm_head.weight"]
     return table
 
 

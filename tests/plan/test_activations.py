@@ -84,6 +84,9 @@ CASES: dict[str, dict[str, Any]] = {
     "latents of queries, wide values": {**LATENTS, "q_lora_rank": 48, "v_head_dim": 48},
     "latents, dropout": {**LATENTS, **DROPOUT},
     "sinks": {**LLAMA, "softmax_type": "learnable", "sliding_window_width": 32},
+    "value residual": {**LLAMA, "value_residual": True},
+    "value residual, dropout": {**DROPOUT, "value_residual": True},
+    "value residual, updates": {**LLAMA, "value_residual": True, "lora": {"rank": 8, "targets": "all"}},
     "output gate": {**LLAMA, "attention_output_gate": True},
     "output gate, updates": {**LLAMA, "attention_output_gate": True, "lora": {"rank": 8, "targets": "all"}},
     "bounded gates": {**LLAMA, "activation": "quick_geglu", "activation_func_clamp_value": 7.0},
@@ -189,10 +192,10 @@ def test_activations(changes: dict[str, Any], dtype: torch.dtype) -> None:
         config.replace(num_layers=1, attention_config=tuple(config.model.attention_config or ())[:1]), dtype
     )
     two = saved_bytes(config, dtype)
-    assert block_activations(dims, layout) == pytest.approx(two - one, rel=0.2)
+    assert block_activations(dims, layout, int(dims.value_residual)) == pytest.approx(two - one, rel=0.2)
     logits = BATCH * LENGTH * VOCABULARY * dtype.itemsize  # the loss keeps them outside of autograd's hooks
     rest = head_activations(dims, layout, VOCABULARY) - logits
-    if not dims.frozen:  # else nothing goes back to the embedding, and the first block keeps less than the others
+    if not (dims.frozen or dims.value_residual):  # else the first block keeps less than the others
         assert 0.9 * rest <= one - (two - one) <= 2 * rest
 
 

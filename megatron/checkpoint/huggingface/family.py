@@ -37,6 +37,7 @@ PARTS: Mapping[str, object] = {
     "mtp_num_layers": None,
     "softmax_type": VANILLA,
     "attention_output_gate": False,
+    "value_residual": False,
     "activation_func_clamp_value": None,
     "glu_linear_offset": 0.0,
 }

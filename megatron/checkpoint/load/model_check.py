@@ -73,6 +73,7 @@ _MODEL: dict[str, Concerned] = {
     "softmax_scale": _attends,
     "softmax_type": _attends,
     "attention_output_gate": _attends,
+    "value_residual": _attends,
     "activation_func_clamp_value": _always,
     "glu_linear_offset": _always,
     "scale_embeddings": _always,
@@ -121,6 +122,7 @@ _LATER = frozenset(
         "embedding_norm",
         *("scale_embeddings", "embedding_multiplier", "residual_multiplier", "logit_scale"),
         *("attn_logit_softcapping", "final_logit_softcapping", "attention_output_gate"),
+        "value_residual",
     }
 )
 """Keys that checkpoints of earlier releases lack, whose models are those of the default."""
@@ -221,7 +223,9 @@ def _value(stored: Values, key: str) -> Any:
 
 def _changes_tensors(key: str, stored: Values, own: Values) -> bool:
     """Returns whether a model with the other value has other tensors, so that it cannot be trained on either."""
-    return key == "attention_output_gate" or (key == "softmax_type" and LEARNABLE in (stored.get(key), own[key]))
+    if key == "softmax_type":
+        return LEARNABLE in (stored.get(key), own[key])
+    return key in ("attention_output_gate", "value_residual")
 
 
 def _meaning(value: Any) -> Any:

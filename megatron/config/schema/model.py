@@ -91,6 +91,11 @@ class ModelSection(Section):
         "Multiply what each attention head gives by a sigmoid of a projection of the block's normed input, before the "
         "output projection, as Qwen3-Next.",
     )
+    value_residual: bool = key(
+        False,
+        "Mix the values of every block after the first with those of the first by two learned factors, "
+        "arXiv:2410.17897.",
+    )
     use_bias_in_norms: bool = key(True, "Give layernorm a bias as well as a weight.")
     use_bias_in_attn_linear: bool = key(True, "Give the attention projections a bias.")
     add_qkv_bias: bool | None = key(

@@ -38,6 +38,7 @@ from megatron.config.validation import (
     task,
     training,
     transformer_engine,
+    value_residual,
 )
 from megatron.config.validation.unknown_values import UnresolvedValue, hide_unknown
 from megatron.errors import ConfigIssue
@@ -68,6 +69,7 @@ RULES: tuple[Rule, ...] = (
     model_parts.layer_types_are_known,
     latent.latents_have_widths,
     latent.latents_fit_other_parts,
+    value_residual.values_pass_from_block_to_block,
     multi_token.modules_read_further_tokens,
     multi_token.drafts_can_be_taken_back,
     attention.sparse_options_are_known,

@@ -9,6 +9,8 @@ tensor-parallel degree.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,7 @@ from megatron.kernels.max_logits import max_logits
 from megatron.model.attention.self_attention import SelfAttention, visible_mask
 from megatron.model.block_spec import BlockSpec
 from megatron.model.kv_cache import KVCache
+from megatron.model.value_residual import ValueResidual
 
 
 class ParallelSelfAttention(SelfAttention):
@@ -70,6 +73,9 @@ class ParallelSelfAttention(SelfAttention):
         )
         layout = HeadLayout(dims.num_attention_heads, dims.num_kv_heads, dims.head_dim, dims.grouped)
         mark_heads(self.query_key_value.weight, layout)
+        self.value_residual: Callable[[Tensor], Tensor] | None = None
+        if dims.value_residual:
+            self.value_residual = ValueResidual(source.of("value_residual"), records=number == 0)
         self.output_gate: ColumnParallelLinear | None = None
         if dims.output_gate:
             self.output_gate = ColumnParallelLinear(
@@ -109,6 +115,7 @@ class ParallelSelfAttention(SelfAttention):
         qkv = self.query_key_value(x, regather)
         length, batch = qkv.shape[:2]
         q, k, v = self._split(qkv)
+        v = v if self.value_residual is None else self.value_residual(v)
         q, k, v = (part.permute(1, 2, 0, 3) for part in (q, k, v))  # [b, n/t, s, d]
         if self.q_layernorm is not None and self.k_layernorm is not None:
             q, k = self.q_layernorm(q), self.k_layernorm(k)

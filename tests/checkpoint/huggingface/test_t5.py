@@ -35,6 +35,7 @@ from megatron.inference.token_loop import Limits, RunningSequence, decode
 from megatron.model.kv_cache import KVCache
 from megatron.model.layers import build_layer_specs
 from megatron.model.model_spec import ModelSpec
+from megatron.model.value_residual import CarryShape
 from megatron.param_table import ModelDims, tensors
 from tests.model.sections import VOCABULARY
 from tests.model.t5 import FORMS, SOURCE, TARGET, transformers_t5
@@ -175,7 +176,7 @@ def logits_of(rank: int, world_size: int, keys: dict[str, Any]) -> Tensor:
     )
     stage = build_stage(build_layer_specs(spec), topology)
     unused = partial(KVCache, 0)
-    plain = InferenceEngine(stage, topology, unused, 64, VOCABULARY, torch.float32)  # type: ignore[arg-type]
+    plain = InferenceEngine(stage, topology, unused, CarryShape(64), VOCABULARY, torch.float32)  # type: ignore[arg-type]
     engine = EncoderDecoderEngine.of(plain, 3, ModelDims.of(config.model))
     given = batch()
     lengths = given["real"].sum(1).tolist()
