@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 IN_PROJ, OUT_PROJ = "in_proj", "out_proj"
-"""The targets of recurrent mixers; `all` names them for models that have them."""
+"""The targets of Mamba and of gated delta nets; `all` names them for models that have them."""
+TIME_MIXING, CHANNEL_MIXING, GMLP = "time_mixing", "channel_mixing", "gmlp"
+"""The targets of RWKV and of gMLP; `all` names them for models that have them."""
 EXPERTS_IN, EXPERTS_OUT = "experts_h_to_4h", "experts_4h_to_h"
 """The targets of experts: one A and one B for each of a block. `all` does not name them."""
 EXPERTS = "experts"
@@ -38,12 +40,19 @@ TARGETS = {
     SHARED_OUT: ("mlp.shared_experts.linear2",),
     IN_PROJ: ("mixer.in_proj", "attention.in_proj"),
     OUT_PROJ: ("mixer.out_proj",),
+    TIME_MIXING: ("att.receptance", "att.key", "att.value", "att.gate", "att.output"),
+    CHANNEL_MIXING: ("ffn.key", "ffn.receptance", "ffn.value"),
+    GMLP: ("input_linear", "output_linear"),
 }
-"""The matrices that `lora` may target: name -> the module inside its block, by the kind of the block."""
+"""The matrices that `lora` may target: name -> modules inside its block, by the kind of the block."""
 MODULES = {module: name for name, modules in TARGETS.items() for module in modules}
 """Module inside a block -> its name among the targets."""
 GATE = "output_gate"
 """The target that only models with `attention_output_gate` have; `all` names it for those."""
+APART = (IN_PROJ, OUT_PROJ, TIME_MIXING, CHANNEL_MIXING, GMLP, EXPERTS_IN, EXPERTS_OUT, SHARED_IN, SHARED_OUT)
+"""The targets beside those of attention and MLPs."""
+SPECIAL = (GATE, *APART)
+"""The targets that only some models have."""
 EMBEDDING, HEAD = "embedding", "head"
 SAVED = (EMBEDDING, HEAD)
 """The names of `modules_to_save`: the word embedding and the output layer."""
@@ -163,8 +172,7 @@ def targets(block: Block) -> list[str]:
     given = block.get("targets") or "query_key_value"
     listed = [given] if isinstance(given, str) else list(given)
     listed = [full for name in listed for full in SHORT.get(name, (name,))]
-    special = (GATE, IN_PROJ, OUT_PROJ, EXPERTS_IN, EXPERTS_OUT, SHARED_IN, SHARED_OUT)
-    every = [name for name in TARGETS if name not in special or name in listed]
+    every = [name for name in TARGETS if name not in SPECIAL or name in listed]
     return every if ALL in listed else [ALIASES.get(name, name) for name in listed]
 
 

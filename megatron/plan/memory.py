@@ -14,11 +14,17 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 
-from megatron.adapter_config import EXPERTS_IN, EXPERTS_OUT, IN_PROJ, MODULES, OUT_PROJ, SHARED_IN, SHARED_OUT
+from megatron.adapter_config import (
+    EXPERTS_IN,
+    EXPERTS_OUT,
+    IN_PROJ,
+    SHARED_IN,
+    SHARED_OUT,
+)
 from megatron.output_blocks import rows_of_a_block
 from megatron.param_table import LatentDims, ModelDims
-from megatron.param_table.blocks import block_tensors
 from megatron.plan.activation_layout import ActivationLayout
+from megatron.plan.adapters import adapter_activations
 from megatron.plan.gated_delta import delta_bytes
 from megatron.plan.latents import core_bytes, latent_bytes
 from megatron.plan.mixers import mixer_activations
@@ -33,7 +39,6 @@ from megatron.registry import (
     ONE_PLUS,
     POSITIONS,
     WITH_OUT_PROJ,
-    WITHOUT_MLP,
 )
 
 FP32 = 4
@@ -149,7 +154,7 @@ def block_activations(dims: ModelDims, layout: ActivationLayout, block: int = 0)
     norms *= 2 if dims.norms_before and dims.norms_after else 1
     inputs = 1 if dims.gpt_j_residual else norms  # norms of a parallel residual read the same tensor
     between = _between(dims, block) * dims.hidden_size  # outputs of the norms, inputs of the linear layers
-    saved = layout.residual_tokens * between * layout.width + _updates(dims, layout, block)
+    saved = layout.residual_tokens * between * layout.width + adapter_activations(dims, layout, block)
     saved += _mlp(dims, layout, block) + _norm_inputs(dims, layout, norms, inputs) + _attention(dims, layout, block)
     if layout.hidden_dropout:
         saved += 2 * layout.residual_tokens * dims.hidden_size  # one byte of mask per element
@@ -165,7 +170,7 @@ def _sublayer(dims: ModelDims, layout: ActivationLayout, block: int) -> int:
     )
     values = layout.residual_tokens * dims.hidden_size
     saved += values * layout.width * int(read) + _norm_inputs(dims, layout, norms=1, inputs=1)
-    return saved + _updates(dims, layout, block) + (values if layout.hidden_dropout else 0)
+    return saved + adapter_activations(dims, layout, block) + (values if layout.hidden_dropout else 0)
 
 
 def _mlp(dims: ModelDims, layout: ActivationLayout, block: int) -> int:
@@ -186,48 +191,10 @@ def _between(dims: ModelDims, block: int) -> int:
     return int(attention or mlp) if dims.shared_norm else int(attention) + int(mlp)
 
 
-def _updates(dims: ModelDims, layout: ActivationLayout, block: int) -> int:
-    """Returns the saved bytes of LoRA adapters: their products, and masks and outputs of dropout."""
-    adapter = dims.low_rank
-    if adapter is None:
-        return 0
-    if dims.kind(block) == GATED_DELTA_NET:
-        widths = {"dense": dims.mixers.delta.value_size // layout.model_parallel_size, IN_PROJ: dims.hidden_size}
-    elif dims.kind(block) in WITH_OUT_PROJ:
-        inner = dims.mixers.mamba2.inner if dims.kind(block) == "mamba2" else dims.mixers.mamba_inner
-        widths = {IN_PROJ: dims.hidden_size, OUT_PROJ: inner // layout.model_parallel_size}
-    elif dims.kind(block) == MLP_ALONE:
-        widths = {}
-    else:
-        widths = {"query_key_value": dims.hidden_size, "dense": dims.value_size // layout.model_parallel_size}
-        widths |= {"output_gate": dims.hidden_size} if dims.output_gate else {}
-    if dims.kind(block) not in WITHOUT_MLP and not dims.has_experts(block):
-        widths |= {"dense_h_to_4h": dims.hidden_size, "dense_4h_to_h": dims.mlp_width // layout.model_parallel_size}
-    if dims.has_experts(block) and dims.mixture.shared_width:
-        widths |= {SHARED_IN: dims.hidden_size, SHARED_OUT: dims.mixture.shared_width // layout.model_parallel_size}
-    inputs = [width for name, width in widths.items() if name in adapter.targets]
-    saved = len(inputs) * adapter.rank * layout.width
-    if adapter.magnitudes:
-        saved += sum(_outputs(dims, layout, block, name) for name in widths if name in adapter.targets) * layout.width
-    if adapter.dropout > 0:
-        saved += sum(inputs) * (layout.width if layout.cpu else 1)
-        both = dims.shared_norm and {"query_key_value", "dense_h_to_4h"} <= set(adapter.targets)
-        saved += dims.hidden_size * layout.width if both else 0  # one output of a norm with two dropouts
-    return layout.tokens * saved
-
-
-def _outputs(dims: ModelDims, layout: ActivationLayout, block: int, target: str) -> int:
-    """Returns the outputs of a targeted matrix on a rank, which DoRA saves for the gradients of their norms."""
-    table = block_tensors(dims, block)
-    shape = next(one for one in table if MODULES.get(one.name.removesuffix(".weight")) == target)
-    return shape.local_shape(layout.model_parallel_size)[0]
-
-
 def _mixer(dims: ModelDims, layout: ActivationLayout, block: int) -> int:
     """Returns the saved bytes of a block without attention; RWKV's norms are included."""
     kind = dims.kind(block)
-    saved = _updates(dims, layout, block) if kind in WITH_OUT_PROJ else 0
-    saved += mixer_activations(
+    saved = adapter_activations(dims, layout, block) + mixer_activations(
         dims,
         kind,
         tokens=layout.tokens,

@@ -317,6 +317,8 @@ WITH_OUT_PROJ = frozenset({"mamba", "mamba2"})
 """The kinds of attention_config whose mixer ends in a matrix `out_proj`."""
 WITH_IN_PROJ = WITH_OUT_PROJ | {GATED_DELTA_NET}
 """The kinds of attention_config whose mixer begins with a matrix `in_proj`."""
+GATED_MLPS = frozenset({"gmlp", "amlp"})
+"""The kinds of attention_config that are an MLP with a gate over positions."""
 WITHOUT_ATTENTION = MIXER_BLOCKS | REPLACING | {MLP_ALONE}
 """The kinds of attention_config without attention."""
 

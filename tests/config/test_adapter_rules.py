@@ -44,7 +44,7 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
     (
         1,
         {"lora": {"rank": 4}, "attention_config": [[["rwkv"], "all"]], "pos_emb": "none"},
-        "no block has attention, and blocks of kind rwkv take no low-rank updates",
+        "no block has attention, so no block has a query_key_value; write targets: [time_mixing, channel_mixing]",
     ),
     (
         1,
@@ -54,7 +54,7 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
     (
         1,
         {"lora": {"rank": 4, "targets": ["dense", "out_proj"]}, "attention_config": [[["gated_delta_net"], "all"]]},
-        "no block has an out_proj, which blocks of kind mamba, mamba2 have; leave that target out",
+        "no block has the target out_proj, which blocks of kind mamba, mamba2 have; leave that target out",
     ),
     (
         1,

@@ -22,6 +22,7 @@ def sections(kind: str, blocks: int = 2, **changes: object) -> tuple[Any, Any]:
     """The model and the mixers section of blocks of one kind."""
     model = model_section(num_layers=blocks, attention_config=(kind,) * blocks, pos_emb="none", mlp_width=128)
     model.seq_length, model.intermediate_size, model.expansion_factor = POSITIONS, None, None
+    model.lora = changes.pop("lora", None)
     values = {
         "mamba_use_bias_in_conv": True,
         "mamba_use_bias_in_linears": False,

@@ -121,6 +121,13 @@ CASES: dict[str, dict[str, Any]] = {
         "mamba_num_groups": 2,
         "lora": {"rank": 8, "targets": "in_proj", "dropout": 0.1, "dora": True},
     },
+    "updates, rwkv": {"attention_config": [[["rwkv"], "all"]], "lora": {"rank": 8, "targets": "all"}},
+    "updates, rwkv, time": {"attention_config": [[["rwkv"], "all"]], "lora": {"rank": 8, "targets": "time_mixing"}},
+    "updates, gmlp": {"attention_config": [[["gmlp"], "all"]], "lora": {"rank": 8, "targets": "all"}},
+    "updates, dropped, amlp": {
+        "attention_config": [[["amlp"], "all"]],
+        "lora": {"rank": 8, "targets": "gmlp", "dropout": 0.1, "dora": True},
+    },
     "updates, gated delta net": {
         "norm": "rmsnorm",
         "activation": "swiglu",

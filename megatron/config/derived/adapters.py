@@ -9,9 +9,11 @@ from typing import Any
 from megatron.adapter_config import (
     ALIASES,
     ALL,
+    CHANNEL_MIXING,
     EXPERTS_IN,
     EXPERTS_OUT,
     GATE,
+    GMLP,
     IN_PROJ,
     OUT_PROJ,
     SAVED,
@@ -19,6 +21,7 @@ from megatron.adapter_config import (
     SHARED_OUT,
     SHORT,
     TARGETS,
+    TIME_MIXING,
     enabled,
     low_rank,
     modules_to_save,
@@ -29,6 +32,7 @@ from megatron.adapter_config import (
 from megatron.errors import ConfigError
 from megatron.registry import (
     FROZEN_FORMATS,
+    GATED_MLPS,
     REPLACING,
     WITH_IN_PROJ,
     WITH_OUT_PROJ,
@@ -78,6 +82,9 @@ def derive_lora(
         SHARED_OUT: SHARED_OUT in asked,
         IN_PROJ: found & WITH_IN_PROJ,
         OUT_PROJ: found & WITH_OUT_PROJ,
+        TIME_MIXING: "rwkv" in found,
+        CHANNEL_MIXING: "rwkv" in found,
+        GMLP: found & GATED_MLPS,
     }
     named = tuple(name for name in TARGETS if has[name])
     return replace(requested, targets=named or requested.targets).block()

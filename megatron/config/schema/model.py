@@ -196,9 +196,9 @@ class ModelSection(Section):
     lora: Table | None = key(
         None,
         "Train only LoRA adapters W + alpha / rank B A of frozen matrices: {rank: 8, alpha: rank unless given, "
-        "dropout: 0, targets: [query_key_value, dense, dense_h_to_4h, dense_4h_to_h, in_proj, out_proj, experts] or "
-        "all, which leaves experts out, the first unless given, modules_to_save: [embedding, head], matrices that are "
-        "trained beside the adapters, none unless given, "
+        "dropout: 0, targets: [query_key_value, dense, dense_h_to_4h, dense_4h_to_h, in_proj, out_proj, time_mixing, "
+        "channel_mixing, gmlp, experts] or all, which leaves experts out, the first unless given, "
+        "modules_to_save: [embedding, head], matrices that are trained beside the adapters, none unless given, "
         "rslora: true for alpha / sqrt(rank), dora: true to train the norm of each row of W + alpha / rank B A too, "
         "arXiv:2402.09353, base: nf4, fp4 or int8 to store frozen matrices of blocks in 4 or 8 bits, "
         "arXiv:2305.14314}, arXiv:2106.09685.",

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron.adapter_config import (
-    EXPERTS_IN,
-    EXPERTS_OUT,
+    APART,
+    CHANNEL_MIXING,
     GATE,
+    GMLP,
     HEAD,
     IN_PROJ,
     OUT_PROJ,
     SHARED_IN,
     SHARED_OUT,
     TARGETS,
+    TIME_MIXING,
     LowRank,
     low_rank,
     soft_prompt,
@@ -21,9 +23,15 @@ from megatron.adapter_config import (
 from megatron.config.config import Config
 from megatron.config.derived.curriculum import curriculum_lengths
 from megatron.errors import ConfigIssue
-from megatron.registry import REPLACING, WITH_IN_PROJ, WITH_OUT_PROJ, WITHOUT_ATTENTION, WITHOUT_MLP
+from megatron.registry import GATED_MLPS, REPLACING, WITH_IN_PROJ, WITH_OUT_PROJ, WITHOUT_ATTENTION, WITHOUT_MLP
 
-_WITH = {IN_PROJ: WITH_IN_PROJ, OUT_PROJ: WITH_OUT_PROJ}
+_WITH = {
+    IN_PROJ: WITH_IN_PROJ,
+    OUT_PROJ: WITH_OUT_PROJ,
+    TIME_MIXING: frozenset({"rwkv"}),
+    CHANNEL_MIXING: frozenset({"rwkv"}),
+    GMLP: GATED_MLPS,
+}
 """Target -> the kinds of blocks that have it."""
 
 
@@ -69,22 +77,14 @@ def adapters_have_matrices(config: Config) -> Iterator[ConfigIssue]:
     if shared and not (mixed and moe.moe_shared_expert_intermediate_size):
         what = f"no block has a {shared[0]} (moe_shared_expert_intermediate_size)"
         yield ConfigIssue(what, key="lora", value=requested.block(), hint="leave shared_experts out of targets")
-    apart = (IN_PROJ, OUT_PROJ, EXPERTS_IN, EXPERTS_OUT, SHARED_IN, SHARED_OUT)
-    usual = [name for name in requested.targets if name not in apart]
-    if not usual:
-        return
-    if not attends and not fed and not any(kind in WITH_IN_PROJ for _, kind in listed):
-        kinds = ", ".join(sorted({kind for _, kind in listed}))
-        message = f"no block has attention, and blocks of kind {kinds} take no low-rank updates"
-        yield ConfigIssue(message, key="lora", hint="train the whole model, or a soft prompt")
-        return
+    usual = [name for name in requested.targets if name not in APART]
     lost = [name for name in usual if TARGETS[name][0].startswith("mlp.")]
     others = [name for name in usual if name not in lost]
     if any(kind in REPLACING for _, kind in listed):
         others = [name for name in others if name != "dense"]
     if not attends and others:
         what = f"no block has attention, so no block has a {others[0]}"
-        projections = [name for name in (IN_PROJ, OUT_PROJ) if {kind for _, kind in listed} & _WITH[name]]
+        projections = [name for name in _WITH if {kind for _, kind in listed} & _WITH[name]]
         named = [*(["dense_h_to_4h", "dense_4h_to_h"] if fed else []), *projections]
         yield ConfigIssue(what, key="lora", hint=f"write targets: [{', '.join(named)}]")
     if not fed and lost:
@@ -119,7 +119,7 @@ def _experts_take_updates(requested: LowRank, exist: bool) -> Iterator[ConfigIss
 def _mixers_have_matrices(requested: LowRank, kinds: set[str]) -> Iterator[ConfigIssue]:
     for name, having in _WITH.items():
         if name in requested.targets and not kinds & having:
-            what = f"no block has an {name}, which blocks of kind {', '.join(sorted(having))} have"
+            what = f"no block has the target {name}, which blocks of kind {', '.join(sorted(having))} have"
             yield ConfigIssue(what, key="lora", hint="leave that target out")
 
 

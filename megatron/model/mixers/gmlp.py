@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron.adapter_config import GMLP
 from megatron.distributed.collectives import copy_to, gather_from, scatter_to
 from megatron.distributed.param_init import ParamFactory, zeros
 from megatron.distributed.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
@@ -34,7 +35,7 @@ class GMLPTransformerBlock(Block):
     def __init__(self, number: int, spec: BlockSpec, source: ParamFactory) -> None:
         super().__init__(spec, source.axis)
         self.axis, hidden, width = source.axis, spec.dims.hidden_size, spec.dims.mixers.gmlp_width
-        kernel = spec.kernels.linear
+        kernel, lora = spec.kernels.linear, spec.lora_specs.get(GMLP)
         self.norm = spec.norm()
         self.input_linear = ColumnParallelLinear(
             hidden,
@@ -44,19 +45,26 @@ class GMLPTransformerBlock(Block):
             bias=True,
             sections=(width, width),
             kernel=kernel,
+            lora=lora,
+            full_sequence=True,
         )
         self.activation = spec.activation
         self.sgu = SpatialGatingUnit(number, spec, source.of("sgu"))
         self.output_linear = RowParallelLinear(
-            width, hidden, source.of("output_linear"), init_fn=spec.output_init_fn, bias=True, kernel=kernel
+            width,
+            hidden,
+            source.of("output_linear"),
+            init_fn=spec.output_init_fn,
+            bias=True,
+            kernel=kernel,
+            lora=lora,
         )
         self.to(spec.dtype)
 
     def forward(self, hidden: Tensor, cache: KVCache | None = None, document_starts: Tensor | None = None) -> Tensor:
         """[s, b, h] -> [s, b, h]."""
         block_input, inside = gather_twice(self.norm(hidden), self.axis)  # [s, b, h]
-        linear = self.input_linear
-        inner = self.activation(linear.kernel(inside, linear.weight, linear.bias))  # [s, b, 2f/t]
+        inner = self.activation(self.input_linear.of_gathered(block_input, inside))  # [s, b, 2f/t]
         gated = self.sgu(inner.transpose(0, 1), block_input.transpose(0, 1), cache, document_starts)
         return self.add(hidden, self.output_linear(gated.transpose(0, 1)))
 

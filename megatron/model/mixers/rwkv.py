@@ -18,11 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron.adapter_config import CHANNEL_MIXING, TIME_MIXING
 from megatron.distributed.collectives import copy_to, gather_from, reduce_from
 from megatron.distributed.param_attrs import mark_no_weight_decay
 from megatron.distributed.param_init import InitFn, ParamFactory
 from megatron.distributed.partial_grads import mark_partial_grad
-from megatron.distributed.tensor_parallel.linear import RowParallelLinear
+from megatron.distributed.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megatron.distributed.tensor_parallel.sequence_parallel import gather_twice, scatter_to_sequence_parallel
 from megatron.kernels.wkv import wkv
 from megatron.model.block import Block
@@ -73,7 +74,7 @@ class TimeMixing(nn.Module):
         width, self.head = dims.mixers.rwkv_attention, dims.mixers.rwkv_head
         self.number, self.axis = number, source.axis
         self.shift, self.states = _Shift(number, "time", spec), spec.states
-        depth, init_fn = _DepthInit(number, dims.num_layers), spec.init_fn
+        depth = _DepthInit(number, dims.num_layers)
         powers = {"x": 1.0, "w": 1.0, "k": 1.0, "v": 1.0, "r": 0.5, "g": 0.5}
         for part, power in powers.items():
             start = depth.mixing(power, less=0.3 if part == "v" else 0.0)
@@ -87,12 +88,10 @@ class TimeMixing(nn.Module):
         mark_no_weight_decay(self.time_decay)
         mark_no_weight_decay(self.time_faaaa)
         self.receptance, self.key, self.value = (
-            _ShardedWeight(hidden, width, source.of(name), init_fn) for name in ("receptance", "key", "value")
+            _column(hidden, width, source.of(name), spec, TIME_MIXING) for name in ("receptance", "key", "value")
         )
-        self.output = RowParallelLinear(
-            width, hidden, source.of("output"), init_fn=spec.output_init_fn, bias=False, kernel=spec.kernels.linear
-        )
-        self.gate = _ShardedWeight(hidden, width, source.of("gate"), init_fn)
+        self.output = _row(width, hidden, source.of("output"), spec, TIME_MIXING)
+        self.gate = _column(hidden, width, source.of("gate"), spec, TIME_MIXING)
         self.ln_x = _HeadNorm(width, self.head, source.of("ln_x"))
 
     def forward(self, x: Tensor, cache: KVCache | None, document_starts: Tensor | None) -> Tensor:
@@ -101,7 +100,8 @@ class TimeMixing(nn.Module):
         x = x.transpose(0, 1)  # [b, s, h]
         change, starts, valid = self.shift(x, cache, document_starts)
         mixed, faded = self._mixed(x, change)
-        r, k, v, g = (F.linear(one, layer.weight) for one, layer in zip(mixed, self._layers, strict=True))
+        inside = copy_to(mixed, self.axis)
+        r, k, v, g = (layer.of_gathered(*each) for layer, *each in zip(self._layers, mixed, inside, strict=True))
         decay = self.time_decay + faded @ self.time_decay_w2  # [b, s, a]
         log_decay = -torch.exp(decay.float() if decay.dtype != torch.float64 else decay)
         r, k, v, log_decay = (one.unflatten(-1, (-1, self.head)) for one in (r, k, v, log_decay))  # [b, s, n, d]
@@ -120,17 +120,19 @@ class TimeMixing(nn.Module):
         y = self.ln_x(y.to(x.dtype)) * F.silu(g)
         return self.output(y.transpose(0, 1))
 
-    def _mixed(self, x: Tensor, change: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Returns the inputs of receptance, key, value and gate, and that of the decay after its first product."""
+    def _mixed(self, x: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the inputs of receptance, key, value and gate [4, b, s, h], and that of the decay after its first
+        product.
+        """
         low = torch.tanh((x + change * self.time_maa_x) @ self.time_maa_w1)  # [b, s, 5 * rank]
         more = torch.einsum("bsir,irh->ibsh", low.unflatten(-1, (5, -1)), self.time_maa_w2)
         starts = (self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)
         w, k, v, r, g = (x + change * (start + one) for start, one in zip(starts, more, strict=True))
         faded = copy_to(torch.tanh(w @ self.time_decay_w1), self.axis)
-        return copy_to(torch.stack((r, k, v, g)), self.axis).unbind(), faded
+        return torch.stack((r, k, v, g)), faded
 
     @property
-    def _layers(self) -> tuple[_ShardedWeight, ...]:
+    def _layers(self) -> tuple[ColumnParallelLinear, ...]:
         return self.receptance, self.key, self.value, self.gate
 
 
@@ -145,11 +147,9 @@ class ChannelMixing(nn.Module):
         start = _DepthInit(number, spec.dims.num_layers).mixing(1.0)
         self.time_maa_k = _vector(source, "time_maa_k", hidden, start)
         self.time_maa_r = _vector(source, "time_maa_r", hidden, start)
-        self.key = _ShardedWeight(hidden, width, source.of("key"), spec.init_fn)
-        self.receptance = _ShardedWeight(hidden, hidden, source.of("receptance"), spec.init_fn)
-        self.value = RowParallelLinear(
-            width, hidden, source.of("value"), init_fn=spec.output_init_fn, bias=False, kernel=spec.kernels.linear
-        )
+        self.key = _column(hidden, width, source.of("key"), spec, CHANNEL_MIXING)
+        self.receptance = _column(hidden, hidden, source.of("receptance"), spec, CHANNEL_MIXING)
+        self.value = _row(width, hidden, source.of("value"), spec, CHANNEL_MIXING)
 
     def forward(self, x: Tensor, cache: KVCache | None, document_starts: Tensor | None) -> Tensor:
         """[s, b, h] -> [s, b, h], equal on all ranks (with sequence parallelism [s/t, b, h])."""
@@ -157,10 +157,10 @@ class ChannelMixing(nn.Module):
         x = x.transpose(0, 1)  # [b, s, h]
         change, _, _ = self.shift(x, cache, document_starts)
         mixed = torch.stack((x + change * self.time_maa_k, x + change * self.time_maa_r))
-        k, r = copy_to(mixed, self.axis).unbind()
-        inner = torch.relu(F.linear(k, self.key.weight)).square()
+        inside = copy_to(mixed, self.axis)
+        inner = torch.relu(self.key.of_gathered(mixed[0], inside[0])).square()
         value = reduce_from(self.value.partial(inner), self.axis)  # [b, s, h]
-        receptance = gather_from(F.linear(r, self.receptance.weight), self.axis)
+        receptance = gather_from(self.receptance.of_gathered(mixed[1], inside[1]), self.axis)
         out: Tensor = torch.sigmoid(receptance) * value
         return scatter_to_sequence_parallel(out.transpose(0, 1), self.axis)
 
@@ -194,14 +194,6 @@ class _Shift:
             first = starts == torch.arange(x.shape[1], device=x.device)
             shifted = shifted.masked_fill(first.unsqueeze(-1), 0)
         return shifted - x, starts, valid
-
-
-class _ShardedWeight(nn.Module):
-    """A matrix with sharded outputs: ``weight`` [out/t, in]. Its input is already in the tensor-parallel region."""
-
-    def __init__(self, inp: int, out: int, source: ParamFactory, init_fn: InitFn) -> None:
-        super().__init__()
-        self.weight = source.sharded("weight", (out, inp), init_fn, dim=0)
 
 
 class _HeadNorm(nn.Module):
@@ -246,6 +238,33 @@ class _DepthInit:
         positions = torch.arange(tensor.numel())
         zigzag = ((positions + 1) % 3 - 1) * 0.1
         tensor.copy_((self.rises * (1 - positions / max(1, tensor.numel() - 1)) + zigzag).view_as(tensor))
+
+
+def _column(inp: int, out: int, source: ParamFactory, spec: BlockSpec, target: str) -> ColumnParallelLinear:
+    """Builds a matrix with sharded outputs. target: what `lora` calls it."""
+    return ColumnParallelLinear(
+        inp,
+        out,
+        source,
+        init_fn=spec.init_fn,
+        bias=False,
+        kernel=spec.kernels.linear,
+        lora=spec.lora_specs.get(target),
+        full_sequence=True,
+    )
+
+
+def _row(inp: int, out: int, source: ParamFactory, spec: BlockSpec, target: str) -> RowParallelLinear:
+    """Builds a matrix with sharded inputs. target: what `lora` calls it."""
+    return RowParallelLinear(
+        inp,
+        out,
+        source,
+        init_fn=spec.output_init_fn,
+        bias=False,
+        kernel=spec.kernels.linear,
+        lora=spec.lora_specs.get(target),
+    )
 
 
 def _vector(source: ParamFactory, name: str, size: int, init_fn: InitFn) -> nn.Parameter:
