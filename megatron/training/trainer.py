@@ -150,6 +150,7 @@ def _train(config: Config, topology: Topology, stop: Stop, watchdog: Watchdog, h
     reporter = build_reporter(
         config.observe, topology.rank, start_iteration=state.iteration, settings=settings, hosts=hosts
     )
+    saver: Saver | None = None
     try:
         schedule = _train_schedule(config, topology, vocabulary, reporter)
         saver = _saver(config, engine, vocabulary, checkpoint, inputs, reporter.message)
@@ -179,6 +180,10 @@ def _train(config: Config, topology: Topology, stop: Stop, watchdog: Watchdog, h
             reporter.message(f"stopped after iteration {state.iteration}: {reason}")
         elif data.test is not None and schedule.eval_iters > 0:
             _test(schedule, context, data, state)
+    except BaseException:
+        if saver is not None:
+            saver.abandon()
+        raise
     finally:
         reporter.close()
 

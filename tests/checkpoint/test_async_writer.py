@@ -87,3 +87,25 @@ def test_a_rank_whose_files_do_not_appear_is_named(tmp_path: Path) -> None:
     writer.start(partial, snapshot(4), lambda written: None)
     with pytest.raises(RunError, match=r"rank 1 has not written its part .* file system that all nodes share"):
         writer.wait()
+
+
+def test_after_an_error_elsewhere_a_save_is_completed_if_it_can_be(tmp_path: Path) -> None:
+    """Its thread has ended then: one inside torch aborts a process whose interpreter ends."""
+    partial, final = layout.partial_directory(tmp_path, 4), layout.step_directory(tmp_path, 4)
+    make_room(partial)
+    writer, going = BackgroundWriter(0, 1, 30), threading.Event()
+    slow = Snapshot({layout.rng_file(0): lambda: torch.ones(2) if going.wait(20) else torch.zeros(2)}, {})
+    writer.start(partial, slow, lambda written: publish(partial, final, written))
+    threading.Timer(0.5, going.set).start()
+    writer.abandon()
+    assert not writer.busy
+    assert torch.load(final / layout.rng_file(0), weights_only=True).sum() == 2
+
+
+def test_after_an_error_elsewhere_other_ranks_are_not_waited_for_long(tmp_path: Path) -> None:
+    partial = layout.partial_directory(tmp_path, 4)
+    make_room(partial)
+    writer = BackgroundWriter(0, 2, 600)
+    writer.start(partial, snapshot(4).held(), lambda written: None)
+    writer.abandon()
+    assert not writer.busy and not partial.exists()

@@ -76,7 +76,10 @@ def test_nothing_is_said_of_even_ranks(dataset: str, tmp_path: Path) -> None:
 
 
 def crowded(rank: int, world_size: int, settings: dict[str, Any]) -> None:
-    """A worker; both have a core of their own, but rank 1 shares it with three others."""
+    """A worker; both have a core of their own, but rank 1 shares it with three others.
+
+    Reports are seconds apart, so that the products of one take longer than a time slice of the scheduler.
+    """
     os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank]})
     run_rank(rank, world_size, settings)
 
@@ -85,9 +88,9 @@ def crowded(rank: int, world_size: int, settings: dict[str, Any]) -> None:
 def test_a_crowded_core_is_found(dataset: str, tmp_path: Path) -> None:
     core = sorted(os.sched_getaffinity(0))[1]
     others = [subprocess.Popen([sys.executable, "-c", SPINNING, str(core)]) for _ in range(3)]
-    settings = {"data_path": dataset, "log_dir": str(tmp_path), "eval_iters": 0, "train_iters": 72, "log_interval": 12}
+    settings = {"data_path": dataset, "log_dir": str(tmp_path), "eval_iters": 0, "train_iters": 216, "log_interval": 36}
     try:
-        run_distributed(crowded, 2, {**BASE, **settings, "train_batch_size": 32}, timeout=500)
+        run_distributed(crowded, 2, {**BASE, **settings, "train_batch_size": 128}, timeout=500)
     finally:
         for other in others:
             other.kill()

@@ -24,6 +24,8 @@ from megatron.errors import RunError
 
 _LOOK = 0.05  # seconds between two looks for the other ranks' lists
 _LEAST_PRIORITY = 19
+_SECONDS_AFTER_AN_ERROR = 60.0
+_SECONDS_FOR_OTHERS = 2.0
 
 Complete = Callable[[Sequence[Written]], None]
 
@@ -40,6 +42,7 @@ class BackgroundWriter:
         self.patience = patience
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
+        self._abandoned = False
 
     def start(self, partial: Path, snapshot: Snapshot, complete: Complete) -> None:
         """Begins to write; returns at once. complete: names the checkpoint, called on the first rank."""
@@ -60,6 +63,15 @@ class BackgroundWriter:
             self._thread.join()
             self._thread = None
         self._raise()
+
+    def abandon(self) -> None:
+        """Waits for the save in flight, if any, after an error elsewhere: it is completed if it can be within seconds.
+
+        A thread that is inside torch when the interpreter ends aborts the process.
+        """
+        self._abandoned = True
+        if self._thread is not None:
+            self._thread.join(_SECONDS_AFTER_AN_ERROR)
 
     def check(self) -> None:
         """Raises RunError if the save in flight has failed; does not wait."""
@@ -93,6 +105,8 @@ class BackgroundWriter:
         for rank in range(self.world_size):
             path = partial / layout.written_file(rank)
             while not path.is_file():
+                if self._abandoned:
+                    deadline = min(deadline, time.monotonic() + _SECONDS_FOR_OTHERS)
                 if time.monotonic() > deadline:
                     raise RunError.of(
                         f"rank {rank} has not written its part after {self.patience:.0f} s, or not where rank 0 looks",

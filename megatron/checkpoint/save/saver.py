@@ -147,6 +147,10 @@ class Saver:
         if self.config.checkpoint.save_hf_every is not None:
             run_with_heartbeat(self._finish_programs, "writing the folders of save_hf_every")
 
+    def abandon(self) -> None:
+        """Waits some seconds for a save in flight, after an error in the training; raises nothing."""
+        self._writer.abandon()
+
     def _settle(self) -> None:
         if self.config.checkpoint.checkpoint_async:
             run_with_heartbeat(self._writer.wait, "the save in flight")
