@@ -142,6 +142,7 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
     ),
     (1, {"hidden_dropout": 1.5}, "hidden_dropout = 1.5: it must be between 0 and 1"),
     (1, {"warmup": float("nan")}, "warmup = nan: this is not a finite number; give a number"),
+    (1, {"seed": 2**32}, "seed = 4294967296: at most 4,294,967,295, the largest seed of the shuffled"),
     (1, {"gpu_memory": 1e300}, "gpu_memory = 1e+300: at most 1,000,000"),
     (
         1,

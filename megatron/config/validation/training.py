@@ -11,6 +11,7 @@ from megatron.config.validation.optimizer import offloads
 from megatron.errors import ConfigIssue
 
 MOST_MEMORY = 1_000_000  # GiB
+MOST_SEED = 2**32 - 1
 
 
 def deepspeed_is_on(config: Config) -> Iterator[ConfigIssue]:
@@ -80,6 +81,9 @@ def counts_are_positive(config: Config) -> Iterator[ConfigIssue]:
             yield ConfigIssue("it must be more than 0", key=name, value=value)
     if (values["gpu_memory"] or 0) > MOST_MEMORY:
         yield ConfigIssue(f"at most {MOST_MEMORY:,}", key="gpu_memory", value=values["gpu_memory"])
+    if values["seed"] > MOST_SEED:
+        what = f"at most {MOST_SEED:,}, the largest seed of the shuffled order of the data"
+        yield ConfigIssue(what, key="seed", value=values["seed"])
     for name in (
         "weight_decay",
         "gradient_clipping",
