@@ -13,6 +13,8 @@ from collections.abc import Sequence
 
 from megatron.tokenizers.base import Tokenizer
 
+_UNKNOWN = "\ufffd"
+"""What stands in a decoded text for bytes that are no character."""
 _TAILS = (8, 9, 10, 11, 64)
 """Lengths of the end of a prompt that an answer is decoded behind [tokens]: a character has up to four bytes."""
 _WINDOW = 128
@@ -52,11 +54,14 @@ class TextBehind:
         full = self._tokenizer.decode([*self._tail, *tokens])
         if full.startswith(self._before):
             return full[len(self._before) :]
-        # The prompt's last character was not whole.
         shared = next(
             (at for at, pair in enumerate(zip(full, self._before, strict=False)) if pair[0] != pair[1]), len(full)
         )
-        return full[shared:]
+        changed = self._before[shared:]
+        bytes_before = len(changed.encode())
+        if _UNKNOWN not in changed and full[shared : shared + bytes_before] == _UNKNOWN * bytes_before:
+            return full[shared + bytes_before :]  # a decoder of bytes has made U+FFFD of whole characters before others
+        return full[shared:]  # the prompt's last character was not whole
 
 
 class GrowingText:
@@ -74,7 +79,7 @@ class GrowingText:
         window = tokens[self._passed :]
         text = self._behind.text(window)
         full = self._settled + text
-        if len(window) >= _WINDOW and len(window) % _EVERY == 0 and not text.endswith("\ufffd"):
+        if len(window) >= _WINDOW and len(window) % _EVERY == 0 and not text.endswith(_UNKNOWN):
             self._settle(tokens, text)
         return full
 
@@ -84,7 +89,7 @@ class GrowingText:
             passed = len(tokens) - length
             settled = self._behind.text(tokens[self._passed : passed])
             behind = TextBehind(self._tokenizer, [*self._prompt, *tokens[:passed]][-_WINDOW:])
-            if not settled.endswith("\ufffd") and settled + behind.text(tokens[passed:]) == text:
+            if not settled.endswith(_UNKNOWN) and settled + behind.text(tokens[passed:]) == text:
                 self._settled += settled
                 self._passed, self._behind = passed, behind
                 return
@@ -96,6 +101,6 @@ def _tail(tokenizer: Tokenizer, prompt: list[int]) -> tuple[list[int], str]:
         if size >= len(prompt):
             break
         text = tokenizer.decode(prompt[-size:])
-        if text.strip() and "\ufffd" not in text:
+        if text.strip() and _UNKNOWN not in text:
             return prompt[-size:], text
     return prompt, tokenizer.decode(prompt) if prompt else ""

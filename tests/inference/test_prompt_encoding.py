@@ -47,7 +47,7 @@ def test_an_empty_prompt_starts_a_document(both):
     assert read_prompt(CharLevelTokenizer(), "") == [0]
 
 
-def test_text_behind_a_prompt_is_that_of_both_without_the_prompts(both):
+def test_text_behind_a_prompt_is_that_of_joinedwithout_the_prompts(both):
     ours, _ = both
     ids = read_prompt(ours, FULL * 8)
     assert ours.decode(ids) == FULL * 8
@@ -63,6 +63,23 @@ def test_a_prompt_that_ends_within_a_character(both):
     cut = next(position for position in range(1, len(ids)) if "\ufffd" in ours.decode(ids[:position]))
     assert TextBehind(ours, ids[:cut]).text(ids[cut:]) == "\U0001f642b"
     assert TextBehind(ours, ids[:cut]).text([]) == ""
+
+
+def test_a_cut_character_behind_a_newline_has_the_text_that_it_has_behind_a_word(both):
+    """A newline may be a token of a byte, and a decoder of bytes makes U+FFFD of all bytes in front of a cut one."""
+    ours, theirs = both
+    word, joined = (theirs(text, add_special_tokens=False).input_ids for text in ("a", "a\U0001f642"))
+    smile = joined[len(word) :]
+    assert len(smile) > 1
+    byte = theirs.get_vocab().get("<0x0A>")
+    newline = ours.encode("\n") if byte is None else [byte]
+    lines = [[*read_prompt(ours, "Hello"), *newline * count] for count in (1, 2)]
+    for count in range(1, len(smile)):
+        plain = TextBehind(ours, read_prompt(ours, "Hello")).text(smile[:count])
+        assert set(plain) == {"\ufffd"}
+        for prompt in lines:
+            assert TextBehind(ours, prompt).text(smile[:count]) == plain
+    assert [TextBehind(ours, prompt).text(smile) for prompt in lines] == ["\U0001f642"] * 2
 
 
 def test_streamed_parts_keep_the_blank_before_the_first_word(both):
