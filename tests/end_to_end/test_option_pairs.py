@@ -69,7 +69,8 @@ FACTORS: Factors = {
         {"norm_placement": "output"},
         {"norm_placement": "sandwich"},
     ],
-    "gate": [{}, {"attention_output_gate": True}, {"value_residual": True}],
+    "gate": [{}, {"attention_output_gate": True}],
+    "values": [{}, {"value_residual": True}],
     "bounds": [
         {},
         {"attn_logit_softcapping": 4.0, "final_logit_softcapping": 6.0},
@@ -181,6 +182,10 @@ TABLES: dict[str, tuple[Factors, int]] = {
     "blocks of one sublayer": (APART_FACTORS, 12),
 }
 """Name -> factors, and the least number of configurations that hold their pairs. The last three parts need others."""
+KINKED, AT_A_KINK = ("relu", "reglu"), 1e-3
+"""Activations whose derivative jumps at 0, and how far the gradient norm of these small models moves when rounding
+moves one feature across: one process with another epsilon in the seventh digit moves as far.
+"""
 Choice = dict[str, int]
 
 
@@ -259,4 +264,6 @@ def test_they_learn_and_layouts_agree(table: str, first: int) -> None:
             for name, keys in cases.items()
             if group[name]["layout"] == at and not keys.get("hidden_dropout") and not keys.get("attention_dropout")
         }
-        agree(run_distributed(train, 2, exact, layout, timeout=400)[0], {name: alone[name] for name in exact})
+        found: Curves = run_distributed(train, 2, exact, layout, timeout=400)[0]
+        for name, keys in exact.items():
+            agree(found, {name: alone[name]}, norms=AT_A_KINK if keys.get("activation") in KINKED else 1e-4)
