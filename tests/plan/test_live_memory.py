@@ -147,6 +147,12 @@ WAYS: dict[str, tuple[int, dict[str, Any]]] = {
     "latents": (1, {**LATENTS, "q_lora_rank": 48}),
     "latents, sequence": (2, {**LATENTS, "model_parallel_size": 2, "sequence_parallel": True}),
     "latents, core recomputed": (1, {**LATENTS, "recompute_granularity": "selective"}),
+    "values of the first block": (1, {**LLAMA, "value_residual": True}),
+    "values of the first block, recomputed": (1, {"value_residual": True, **AGAIN}),
+    "values of the first block, pipeline, interleaved": (
+        2,
+        {"value_residual": True, **PIPELINE, "pipe_schedule": "interleaved"},
+    ),
     "further tokens": (1, {"mtp_num_layers": 2}),
     "further tokens, recomputed": (1, {"mtp_num_layers": 1, **AGAIN}),
     "further tokens, pipeline": (2, {"mtp_num_layers": 1, **PIPELINE}),
