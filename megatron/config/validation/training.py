@@ -81,7 +81,7 @@ def counts_are_positive(config: Config) -> Iterator[ConfigIssue]:
             yield ConfigIssue("it must be more than 0", key=name, value=value)
     if (values["gpu_memory"] or 0) > MOST_MEMORY:
         yield ConfigIssue(f"at most {MOST_MEMORY:,}", key="gpu_memory", value=values["gpu_memory"])
-    if values["seed"] > MOST_SEED:
+    if (values["seed"] or 0) > MOST_SEED:
         what = f"at most {MOST_SEED:,}, the largest seed of the shuffled order of the data"
         yield ConfigIssue(what, key="seed", value=values["seed"])
     for name in (
