@@ -14,13 +14,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 
-from megatron.adapter_config import (
-    EXPERTS_IN,
-    EXPERTS_OUT,
-    IN_PROJ,
-    SHARED_IN,
-    SHARED_OUT,
-)
+from megatron.adapter_config import EXPERTS_IN, EXPERTS_OUT, IN_PROJ, SHARED_IN, SHARED_OUT
 from megatron.output_blocks import rows_of_a_block
 from megatron.param_table import LatentDims, ModelDims
 from megatron.plan.activation_layout import ActivationLayout
