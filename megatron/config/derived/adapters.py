@@ -45,6 +45,14 @@ Block = Mapping[str, Any]
 SWITCHES = ("rslora", "dora")
 NAMES = ("enabled", "rank", "alpha", "dropout", "targets", "modules_to_save", "base", *SWITCHES)
 """What a `lora` block may have."""
+OF_MIXERS: Mapping[str, frozenset[str]] = {
+    IN_PROJ: WITH_IN_PROJ,
+    OUT_PROJ: WITH_OUT_PROJ,
+    TIME_MIXING: frozenset({"rwkv"}),
+    CHANNEL_MIXING: frozenset({"rwkv"}),
+    GMLP: GATED_MLPS,
+}
+"""Target of a mixer -> the kinds of blocks that have it."""
 
 
 def derive_lora(
@@ -80,11 +88,7 @@ def derive_lora(
         EXPERTS_OUT: EXPERTS_OUT in asked,
         SHARED_IN: SHARED_IN in asked,
         SHARED_OUT: SHARED_OUT in asked,
-        IN_PROJ: found & WITH_IN_PROJ,
-        OUT_PROJ: found & WITH_OUT_PROJ,
-        TIME_MIXING: "rwkv" in found,
-        CHANNEL_MIXING: "rwkv" in found,
-        GMLP: found & GATED_MLPS,
+        **{name: found & kinds for name, kinds in OF_MIXERS.items()},
     }
     named = tuple(name for name in TARGETS if has[name])
     return replace(requested, targets=named or requested.targets).block()

@@ -6,33 +6,20 @@ from collections.abc import Iterator
 
 from megatron.adapter_config import (
     APART,
-    CHANNEL_MIXING,
     GATE,
-    GMLP,
     HEAD,
-    IN_PROJ,
-    OUT_PROJ,
     SHARED_IN,
     SHARED_OUT,
     TARGETS,
-    TIME_MIXING,
     LowRank,
     low_rank,
     soft_prompt,
 )
 from megatron.config.config import Config
+from megatron.config.derived.adapters import OF_MIXERS
 from megatron.config.derived.curriculum import curriculum_lengths
 from megatron.errors import ConfigIssue
-from megatron.registry import GATED_MLPS, REPLACING, WITH_IN_PROJ, WITH_OUT_PROJ, WITHOUT_ATTENTION, WITHOUT_MLP
-
-_WITH = {
-    IN_PROJ: WITH_IN_PROJ,
-    OUT_PROJ: WITH_OUT_PROJ,
-    TIME_MIXING: frozenset({"rwkv"}),
-    CHANNEL_MIXING: frozenset({"rwkv"}),
-    GMLP: GATED_MLPS,
-}
-"""Target -> the kinds of blocks that have it."""
+from megatron.registry import REPLACING, WITHOUT_ATTENTION, WITHOUT_MLP
 
 
 def one_thing_is_trained(config: Config) -> Iterator[ConfigIssue]:
@@ -84,7 +71,7 @@ def adapters_have_matrices(config: Config) -> Iterator[ConfigIssue]:
         others = [name for name in others if name != "dense"]
     if not attends and others:
         what = f"no block has attention, so no block has a {others[0]}"
-        projections = [name for name in _WITH if {kind for _, kind in listed} & _WITH[name]]
+        projections = [name for name in OF_MIXERS if {kind for _, kind in listed} & OF_MIXERS[name]]
         named = [*(["dense_h_to_4h", "dense_4h_to_h"] if fed else []), *projections]
         yield ConfigIssue(what, key="lora", hint=f"write targets: [{', '.join(named)}]")
     if not fed and lost:
@@ -117,7 +104,7 @@ def _experts_take_updates(requested: LowRank, exist: bool) -> Iterator[ConfigIss
 
 
 def _mixers_have_matrices(requested: LowRank, kinds: set[str]) -> Iterator[ConfigIssue]:
-    for name, having in _WITH.items():
+    for name, having in OF_MIXERS.items():
         if name in requested.targets and not kinds & having:
             what = f"no block has the target {name}, which blocks of kind {', '.join(sorted(having))} have"
             yield ConfigIssue(what, key="lora", hint="leave that target out")
