@@ -162,7 +162,7 @@ class ChunkStage:
 
     def get_bwd_recv_ops(self, number: int) -> list[dist.P2POp]:
         """Returns the receiving of a micro batch's gradient from the next stage."""
-        self._output_grads[number] = torch.empty_like(self._outputs[number])
+        self._output_grads[number] = torch.empty_like(self._outputs[number], memory_format=torch.contiguous_format)
         return [self._op(dist.irecv, self._output_grads[number], self.stage_index + 1)]
 
     def set_local_fwd_input(self, output: Tensor, number: int) -> None:

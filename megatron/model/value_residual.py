@@ -106,7 +106,6 @@ class ValueResidualTransformerBlock(TransformerBlock):
 
     def __init__(self, number: int, spec: BlockSpec, source: ParamFactory) -> None:
         super().__init__(number, spec, source)
-        self.width, self.reads, self.passes_on = spec.dims.hidden_size, number > 0, number < spec.dims.num_layers - 1
         self.layer, self.carry = number + FIRST_BLOCK, CarryShape.of(spec.dims, source.axis)
 
     def forward(
@@ -125,13 +124,13 @@ class ValueResidualTransformerBlock(TransformerBlock):
             padding: As for TransformerBlock.
         """
         mix: Any = self.attention.value_residual
-        if self.reads:
+        if self.layer in self.carry.layers:
             rows, batch = hidden.shape[1:]
-            hidden, mix.first = hidden.split((self.width, len(hidden) - self.width))
-            hidden = hidden.reshape(rows, batch, self.width)
+            hidden, mix.first = hidden.split((self.carry.hidden, self.carry.values))
+            hidden = hidden.reshape(rows, batch, self.carry.hidden)
         hidden = super().forward(hidden, cache, document_starts, padding)
         values = mix.take()
-        if not self.passes_on:
+        if self.layer + 1 not in self.carry.layers:
             return hidden
         rows, batch = hidden.shape[:2]
         return torch.cat((hidden.reshape(-1, rows, batch), values.reshape(-1, rows, batch)))
