@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy
+import pytest
 
 from megatron.config import Resources, resolve
 from megatron.data.indexed.reader import IndexedDataset
@@ -134,3 +135,11 @@ def run_files(files: list[Path], world_size: int, folder: Path, **settings: Any)
 def series(records: list[dict[str, float]], name: str) -> list[float]:
     """One metric of every record that has it, in order of iteration."""
     return [record[name] for record in records if name in record]
+
+
+def same(found: list[dict[str, float]], expected: list[dict[str, float]], what: str, start: int = 0) -> None:
+    """Losses agree to 1e-5, norms of gradients to 1e-4. start: the first expected step of training."""
+    for name, tolerance in (("train/lm_loss", 1e-5), ("validation/lm_loss", 1e-5), ("train/grad_norm", 1e-4)):
+        target = series(expected, name)[start if name.startswith("train") else 0 :]
+        assert series(found, name) == pytest.approx(target, rel=tolerance), (what, name)
+        assert target

@@ -19,9 +19,9 @@ from megatron.inference.runner import generate
 from megatron.param_table import is_adapter_tensor
 from megatron.registry import OPTIMIZERS
 from tests.end_to_end.engines import CONTEXT, PIPELINE, RING, SAVED, TENSOR, Curves, agree, train
-from tests.end_to_end.runs import BASE, run, series
+from tests.end_to_end.runs import BASE, run, same, series
 from tests.end_to_end.test_families import LAYOUTS as FAMILY_LAYOUTS
-from tests.end_to_end.test_families import MIXTURE, SHORT, cached_is_uncached, reshaped_is_the_same, same
+from tests.end_to_end.test_families import MIXTURE, SHORT, cached_is_uncached, reshaped_is_the_same
 from tests.end_to_end.test_optimizers import LAYOUTS as OPTIMIZER_LAYOUTS
 from tests.end_to_end.test_optimizers import PARAMS, TOLERANCE
 from tests.multi_rank import RankFailedError, run_distributed

@@ -24,7 +24,7 @@ from megatron.inference.sampling import Sampler, Sampling
 from megatron.inference.token_loop import Limits, RunningSequence, decode
 from megatron.registry import GATED_DELTA_NET, MLP_ALONE, MLPS, ROUTERS, WITHOUT_ATTENTION
 from tests.contracts.shipped import CONFIGS
-from tests.end_to_end.runs import BASE, run, run_files, series
+from tests.end_to_end.runs import BASE, run, run_files, same, series
 from tests.layouts import pick
 
 SHORT: dict[str, Any] = {"train_iters": 4, "eval_interval": 4, "eval_iters": 1, "num_kv_heads": 4, "num_layers": 2}
@@ -77,13 +77,6 @@ EXPORTED = {"dense": "llama", "mamba": "mamba", "mamba2": "mamba2"}
 def test_every_member_is_here() -> None:
     reported = " ".join(MEMBERS)
     assert all(name in reported for name in (*MLPS.names, *ROUTERS.names, *WITHOUT_ATTENTION))
-
-
-def same(found: list[dict[str, float]], expected: list[dict[str, float]], what: str, start: int = 0) -> None:
-    for name, tolerance in (("train/lm_loss", 1e-5), ("validation/lm_loss", 1e-5), ("train/grad_norm", 1e-4)):
-        target = series(expected, name)[start if name.startswith("train") else 0 :]
-        assert series(found, name) == pytest.approx(target, rel=tolerance), (what, name)
-        assert target
 
 
 @pytest.mark.parametrize("member", MEMBERS)

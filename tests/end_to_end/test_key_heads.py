@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.end_to_end.runs import run_all, series
+from tests.end_to_end.runs import run_all, same, series
 
 MODEL: dict[str, Any] = {
     "num_layers": 2,
@@ -53,8 +53,7 @@ def found(dataset: str, saved: Path) -> dict[Any, list[dict[str, float]]]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_are_one_process(layout: str, found: dict[Any, list[dict[str, float]]]) -> None:
     expected = found[LAYOUTS[layout][1].get("num_kv_heads", 2)]
-    for name, tolerance in (("train/lm_loss", 1e-5), ("validation/lm_loss", 1e-5), ("train/grad_norm", 1e-4)):
-        assert series(found[layout], name) == pytest.approx(series(expected, name), rel=tolerance), name
+    same(found[layout], expected, layout)
 
 
 def test_a_checkpoint_goes_on_where_no_head_is_shared(found: dict[Any, list[dict[str, float]]]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron.config import Resources, resolve
 from megatron.distributed.init import init_distributed
 from megatron.engine.builder import build_inference_engine
-from tests.end_to_end.runs import BASE, run_all, series
+from tests.end_to_end.runs import BASE, run_all, same, series
 from tests.multi_rank import run_distributed
 
 MODEL: dict[str, Any] = {
@@ -56,8 +56,7 @@ def found(dataset: str, saved: Path) -> dict[Any, list[dict[str, float]]]:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_are_one_process(layout: str, found: dict[Any, list[dict[str, float]]]) -> None:
-    for name, tolerance in (("train/lm_loss", 1e-5), ("validation/lm_loss", 1e-5), ("train/grad_norm", 1e-4)):
-        assert series(found[layout], name) == pytest.approx(series(found["one"], name), rel=tolerance), name
+    same(found[layout], found["one"], layout)
 
 
 def test_a_checkpoint_goes_on_in_another_layout(found: dict[Any, list[dict[str, float]]]) -> None:

@@ -140,14 +140,13 @@ def test_logits_and_gradients_equal_gpt_neox(
         )
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "tied"), [(4, 4, False), (4, 2, False), (4, 1, True)])
-def test_logits_equal_llama(heads: int, kv_heads: int, tied: bool) -> None:
+def llama(heads: int, kv_heads: int, *, tied: bool, layers: int = 2) -> LlamaForCausalLM:
     torch.manual_seed(12)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=64,
         intermediate_size=176,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         max_position_embeddings=64,
@@ -156,8 +155,14 @@ def test_logits_equal_llama(heads: int, kv_heads: int, tied: bool) -> None:
         initializer_range=0.1,
         attn_implementation="eager",
     )
-    theirs = LlamaForCausalLM(config).eval()
-    disturb(theirs)
+    model = LlamaForCausalLM(config).eval()
+    disturb(model)
+    return model
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "tied"), [(4, 4, False), (4, 2, False), (4, 1, True)])
+def test_logits_equal_llama(heads: int, kv_heads: int, tied: bool) -> None:
+    theirs = llama(heads, kv_heads, tied=tied)
     ours = build(num_attention_heads=heads, num_kv_heads=kv_heads, no_weight_tying=not tied, **LLAMA)
     table = llama_tensors(theirs, heads, kv_heads, tied=tied)
     ours.sequential.load_state_dict(table)

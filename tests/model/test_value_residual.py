@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from megatron.model.kv_cache import KVCache
 from megatron.model.sequential_model import SequentialModel
 from megatron.model.value_residual import ValueResidual
-from tests.model.sections import LLAMA, VOCABULARY, build, disturb
-from tests.model.test_against_transformers import llama_tensors, tokens
+from tests.model.sections import LLAMA, build
+from tests.model.test_against_transformers import llama, llama_tensors, tokens
 
 BLOCKS, HEADS, KEY_HEADS = 4, 4, 2
 FACTORS = torch.tensor([[0.7, 0.4], [1.3, -0.6], [0.2, 0.9]])
@@ -19,22 +19,7 @@ FACTORS = torch.tensor([[0.7, 0.4], [1.3, -0.6], [0.2, 0.9]])
 
 def theirs(factors: Tensor) -> LlamaForCausalLM:
     """Llama whose blocks after the first mix their values with those of the first. factors: [blocks - 1, 2]."""
-    torch.manual_seed(12)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=176,
-        num_hidden_layers=BLOCKS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KEY_HEADS,
-        max_position_embeddings=64,
-        rms_norm_eps=1e-6,
-        tie_word_embeddings=True,
-        initializer_range=0.1,
-        attn_implementation="eager",
-    )
-    model = LlamaForCausalLM(config).double().eval()
-    disturb(model)
+    model = llama(HEADS, KEY_HEADS, tied=True, layers=BLOCKS).double()
     first: list[Tensor] = []
 
     def record(module: torch.nn.Module, args: tuple[Tensor], out: Tensor) -> None:
